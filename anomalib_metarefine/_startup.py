@@ -1,0 +1,92 @@
+"""Start-up hook: registers plugins with anomalib at the moment anomalib is imported.
+
+anomalib finds models by subclass, and a subclass exists only once somebody has imported it; anomalib itself
+reads no entry points. The one-line file ``anomalib_metarefine_plugins.pth`` makes ``site`` import this module
+when Python starts. It imports nothing but what Python has loaded already, and puts a finder in front of
+``sys.meta_path`` that waits for ``anomalib.models`` and ``anomalib.data``. When one of them has been executed,
+every entry point of the group with the same name is loaded and made known to anomalib::
+
+    [project.entry-points."anomalib.models"]
+    MyModel = "my_package.models:MyModel"
+
+    [project.entry-points."anomalib.data"]
+    MyData = "my_package.data:MyData"
+
+``ANOMALIB_PLUGINS=off`` in the environment switches all of it off.
+"""
+
+import sys
+
+_GROUPS = ("anomalib.models", "anomalib.data")
+
+
+class _AfterImport:
+    """A ``sys.meta_path`` finder that runs ``register`` after one of ``_GROUPS`` has been executed."""
+
+    def __init__(self):  # noqa: ANN204  (annotations would cost an import here)
+        self._busy = set()
+
+    def find_spec(self, name, path=None, target=None):  # noqa: ANN001, ANN201
+        """Let the other finders find ``name``; wrap the loader of the modules we wait for."""
+        if name not in _GROUPS or name in self._busy:
+            return None
+        from importlib.util import find_spec
+
+        self._busy.add(name)
+        try:
+            spec = find_spec(name)
+        finally:
+            self._busy.discard(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module):  # noqa: ANN001, ANN202
+            execute(module)
+            register(name)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def register(group):  # noqa: ANN001, ANN201
+    """Load the entry points of ``group`` and make them known to the anomalib module of that name.
+
+    A model is set as ``anomalib.models.<name>`` and the package it comes from is added to anomalib's
+    ``ALLOWED_MODULES``, so that ``class_path`` works in either spelling; a datamodule is set as
+    ``anomalib.data.<name>``. A plugin that fails to import is reported as a warning and left out: anomalib
+    itself must keep working.
+
+    Args:
+        group (str): ``"anomalib.models"`` or ``"anomalib.data"``.
+    """
+    import warnings
+    from importlib.metadata import entry_points
+
+    host = sys.modules[group]
+    for point in entry_points(group=group):
+        try:
+            plugin = point.load()
+        except Exception as error:  # noqa: BLE001  (whatever a plugin raises, anomalib must still start)
+            warnings.warn(
+                f"anomalib plugin {point.name!r} ({point.value}) could not be loaded and is left out: {error!r}. "
+                "Fix or uninstall its package, or set ANOMALIB_PLUGINS=off.",
+                stacklevel=2,
+            )
+            continue
+        setattr(host, point.name, plugin)
+        if hasattr(host, "ALLOWED_MODULES"):
+            host.ALLOWED_MODULES |= {plugin.__module__, plugin.__module__.partition(".")[0]}
+
+
+def register_all():  # noqa: ANN201
+    """Register every plugin now, for a Python that never ran the start-up hook (``python -S``, a zipped app)."""
+    from importlib import import_module
+
+    for group in _GROUPS:
+        import_module(group)
+        register(group)
+
+
+if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+    sys.meta_path.insert(0, _AfterImport())

@@ -1,0 +1,1 @@
+"""Which training images are dirty: rejection rules and the refinement loop."""

@@ -1,0 +1,1 @@
+"""Frozen backbone features: weights, patch embeddings, whitening and the feature store."""

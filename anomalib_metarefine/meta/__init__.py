@@ -1,0 +1,1 @@
+"""Model-Agnostic Meta-Learning (MAML) of the flow's initialisation."""

@@ -1,0 +1,222 @@
+"""From the feature store to a density of clean patches: whitening, meta-training, refinement.
+
+This is where the stages meet. Each of them is a function or a small class of its own module; here they are put in order
+and told which images to look at. Memory stays bounded: images are whitened chunk by chunk, and gradient steps draw their
+patches from a pool of limited size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch.func import functional_call
+
+from anomalib_metarefine.curation.refine import Refinement, Round, refine
+from anomalib_metarefine.curation.rules import get_rule
+from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
+from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
+from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch, draw_episode
+from anomalib_metarefine.meta.maml import Parameters, adapt, meta_gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.progress import Progress
+
+    from anomalib_metarefine.features.store import FeatureStore
+
+_CHUNK = 64  # images whitened at a time
+_POOL = 384  # images that gradient steps draw from
+_WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Settings of meta-training and refinement; `MetaRefine` documents each."""
+
+    shrinkage: float
+    tail: float
+    meta_steps: int
+    episodes: int
+    support_images: int
+    inner_steps: int
+    inner_lr: float
+    meta_lr: float
+    first_order: bool
+    adaptation_steps: int
+    batch_patches: int
+    rule: str
+    rounds: int
+
+
+class Density(NamedTuple):
+    """A fitted density of patches: global whitening, positional whitening, flow parameters."""
+
+    whitening: Whitening
+    gaussian: PositionalGaussian
+    parameters: Parameters
+
+
+class DensityFitter:
+    """Fits a `Density` on the images of a store that refinement keeps.
+
+    Args:
+        store (FeatureStore): Embeddings of all training images.
+        flow (PatchFlow): The flow; its parameters are read as the starting point of meta-training and left as they are.
+        grid (tuple[int, int]): Rows and columns of patches.
+        settings (FitSettings): See `MetaRefine`.
+        generator (torch.Generator): Source of all randomness.
+        progress (Progress): Where bars are shown.
+        log (Callable[[dict[str, float], int], None] | None): Receives figures and their step.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        flow: PatchFlow,
+        grid: tuple[int, int],
+        settings: FitSettings,
+        generator: torch.Generator,
+        progress: Progress,
+        log: Callable[[dict[str, float], int], None] | None = None,
+    ) -> None:
+        self.store, self.flow, self.settings = store, flow, settings
+        self.generator, self.progress = generator, progress
+        self.log = log or (lambda figures, step: None)
+        self.positions = position_code(*grid)
+        # Sorted by path: the result does not depend on how the dataloader shuffled.
+        self.order = np.argsort(store.paths, kind="stable")
+        self.whitening = Whitening.fit(store.sample_patches(_WHITENING_PATCHES, generator), flow.dimensions)
+
+    def fit(self) -> tuple[Density, Refinement]:
+        """Meta-train, then refine.
+
+        Returns:
+            tuple[Density, Refinement]: The density fitted on the kept images, and what was decided about each image.
+        """
+        initial = self.meta_train()
+        task = self.progress.add_task("refinement", total=self.settings.rounds + 1)
+
+        def score(kept: np.ndarray) -> np.ndarray:
+            self.density = self.fit_kept(kept, initial)
+            return self.score(kept, self.density)
+
+        def report(number: int, outcome: Round) -> None:
+            share = outcome.rejected / len(outcome.scores)
+            self.progress.update(
+                task, advance=1, description=f"refinement, round {number}: {outcome.rejected} rejected ({share:.1%})"
+            )
+            figures = {"rejected": float(outcome.rejected), "median_score": float(np.median(outcome.scores))}
+            if np.isfinite(outcome.fence):
+                figures["fence"] = outcome.fence
+            self.log({f"refine/{key}": value for key, value in figures.items()}, number)
+
+        paths = [self.store.paths[i] for i in self.order]
+        refinement = refine(score, paths, get_rule(self.settings.rule), self.settings.rounds, report)
+        refinement.left_out = dict(self.store.left_out)
+        self.progress.update(task, completed=self.settings.rounds + 1)
+        return self.density, refinement
+
+    def meta_train(self) -> Parameters:
+        """MAML over episodes drawn from all training images, dirty ones included.
+
+        Returns:
+            Parameters: The meta-learned initialisation of the flow.
+        """
+        settings = self.settings
+        everything = np.ones(len(self.store), dtype=bool)
+        pool = self._pool(everything, self.fit_gaussian(everything))
+        parameters = trainable(self.flow)
+        optimizer = torch.optim.Adam(parameters.values(), lr=settings.meta_lr)
+        task = self.progress.add_task("meta-training", total=settings.meta_steps)
+        for step in range(settings.meta_steps):
+            episodes = [
+                draw_episode(
+                    pool, self.positions, settings.support_images, settings.inner_steps, settings.batch_patches,
+                    self.generator,
+                )
+                for _ in range(settings.episodes)
+            ]
+            gradients, query = meta_gradient(self._loss, parameters, episodes, settings.inner_lr, settings.first_order)
+            for name, value in parameters.items():
+                value.grad = gradients[name]
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            self.progress.update(task, advance=1, description=f"meta-training, query {query:.3f} bits/dim")
+            self.log({"meta/query_bits_per_dim": query}, step)
+        return {name: value.detach().requires_grad_() for name, value in parameters.items()}
+
+    def fit_gaussian(self, kept: np.ndarray) -> PositionalGaussian:
+        """Positional whitening of the kept images (``[N]`` mask)."""
+        return PositionalGaussian.fit((chunk for _, chunk in self._whitened(np.flatnonzero(kept))), self.settings.shrinkage)
+
+    def fit_kept(self, kept: np.ndarray, initial: Parameters) -> Density:
+        """Positional whitening from scratch and the flow from ``initial``: a rejected image leaves no trace."""
+        settings = self.settings
+        gaussian = self.fit_gaussian(kept)
+        pool = self._pool(kept, gaussian)
+        everyone = torch.arange(len(pool))
+        batches = (
+            draw_batch(pool, self.positions, everyone, settings.batch_patches, self.generator)
+            for _ in range(settings.adaptation_steps)
+        )
+        return Density(self.whitening, gaussian, adapt(self._loss, initial, batches, settings.inner_lr))
+
+    @torch.no_grad()
+    def score(self, kept: np.ndarray, density: Density) -> np.ndarray:
+        """Scores of all images, those the density was fitted on as if they had been left out of its whitening.
+
+        Args:
+            kept (np.ndarray): ``[N]`` mask of the images the density was fitted on.
+            density (Density): The density.
+
+        Returns:
+            np.ndarray: ``[N]``, bits per dimension.
+        """
+        scores = np.empty(len(kept))
+        for rows, chunk in self._whitened(np.arange(len(kept))):
+            z, log_det = self._held_out(chunk, density.gaussian, torch.from_numpy(kept[rows]))
+            output, flow_log_det = functional_call(
+                self.flow, density.parameters, (z.flatten(0, 1), self.positions.repeat(len(rows), 1))
+            )
+            bits = bits_per_dimension(output, flow_log_det + log_det.flatten()).view(len(rows), -1)
+            scores[rows] = image_score(bits, self.settings.tail).numpy()
+        return scores
+
+    def _loss(self, parameters: Parameters, batch: PatchBatch) -> torch.Tensor:
+        z, log_det = functional_call(self.flow, parameters, tuple(batch))
+        return bits_per_dimension(z, log_det).mean()
+
+    def _whitened(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Chunks of image numbers and their globally whitened patches ``[n x P x D]``."""
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            yield part, self.whitening(self.store.images(self.order[part]))
+
+    def _pool(self, kept: np.ndarray, gaussian: PositionalGaussian) -> torch.Tensor:
+        """Whitened patches ``[n x P x D]`` of up to ``_POOL`` kept images, as held-out images would look."""
+        rows = np.flatnonzero(kept)
+        if len(rows) > _POOL:
+            picks = torch.randperm(len(rows), generator=self.generator)[:_POOL].sort().values.numpy()
+            rows = rows[picks]
+        return torch.cat([gaussian.leave_one_out(gaussian(chunk))[0] for _, chunk in self._whitened(rows)])
+
+    @staticmethod
+    def _held_out(
+        chunk: torch.Tensor, gaussian: PositionalGaussian, fitted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positional whitening, with the leave-one-out correction for the images that were ``fitted`` on."""
+        z = gaussian(chunk)
+        held_out, log_det = gaussian.leave_one_out(z)
+        mask = fitted.view(-1, 1)
+        return torch.where(mask.unsqueeze(-1), held_out, z), torch.where(mask, log_det, gaussian.log_det)
+
+
+def trainable(flow: PatchFlow) -> Parameters:
+    """Detached copies of the parameters that learn; the frozen permutations of the couplings stay out."""
+    return {
+        name: value.detach().clone().requires_grad_() for name, value in flow.named_parameters() if value.requires_grad
+    }

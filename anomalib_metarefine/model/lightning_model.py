@@ -1,0 +1,327 @@
+"""MetaRefine, the anomalib model.
+
+References:
+    Aqeel et al., "Meta Learning-Driven Iterative Refinement for Robust Anomaly Detection in Industrial Inspection",
+    arXiv 2503.01569.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import AUROC, F1Score
+from anomalib.metrics.evaluator import Evaluator
+from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_metarefine.curation.refine import Refinement
+from anomalib_metarefine.curation.rules import get_rule
+from anomalib_metarefine.features.backbone import normalization
+from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
+from anomalib_metarefine.features.readable import unreadable_images
+from anomalib_metarefine.features.resize import ExactPreProcessor
+from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings
+from anomalib_metarefine.model.torch_model import MetaRefineModel
+
+logger = logging.getLogger(__name__)
+
+_SQUASH_WARNING = 1.25  # change of aspect ratio from which on we tell the user
+_CHECKPOINT_KEY = "metarefine_refinement"
+
+
+class MetaRefine(MemoryBankMixin, AnomalibModule):
+    """Anomaly detection from a dirty training set.
+
+    One pass over the training images collects features of a frozen backbone. A normalizing flow over whitened patches is
+    meta-trained on episodes with deliberately dirtied support sets; then rounds of refinement fit, score, reject the
+    images past a fence and fit again from the same meta-learned initialisation. The result, with the decision about every
+    image, is in the checkpoint (`refinement`).
+
+    Args:
+        backbone (str): Any timm architecture.
+        layers (Sequence[str] | None): Modules of the backbone to read; ``None`` takes strides 8 and 16.
+        pre_trained (bool): Load pretrained weights.
+        image_size (tuple[int, int]): Height and width the images are resized to. Keep the aspect ratio of your images.
+        dimensions (int): Channels of a whitened patch.
+        blocks (int): Coupling blocks of the flow.
+        hidden (int): Width of the coupling networks.
+        shrinkage (float): Weight in [0, 1] of the pooled covariance in that of every grid position. 1 forgets positions.
+        tail (float): Share of the patches that make the image score, in (0, 1].
+        meta_steps (int): Outer steps of MAML; 0 starts from the untrained flow.
+        episodes (int): Tasks per outer step.
+        support_images (int): Images in a support set.
+        inner_steps (int): Inner steps of an episode.
+        inner_lr (float): Step size of the inner loop and of the adaptation in every round.
+        meta_lr (float): Step size of the outer loop (Adam).
+        first_order (bool): FOMAML instead of MAML.
+        adaptation_steps (int): Gradient steps from the meta-learned initialisation in every round.
+        batch_patches (int): Patches per gradient step.
+        rule (str): ``"fdr"``, ``"shorth"`` or ``"iqr"`` (the paper's; it fails past 25 % contamination).
+        rounds (int): Rounds of refinement at most; 0 trains on everything.
+        memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
+        pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
+            backbone was trained.
+        post_processor (nn.Module | bool): See anomalib.
+        evaluator (Evaluator | bool): See anomalib.
+        visualizer (Visualizer | bool): See anomalib.
+
+    Raises:
+        ValueError: If a setting is out of range or names something that does not exist.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> model = MetaRefine()
+        >>> Engine().train(model=model, datamodule=MVTecAD(category="screw"))  # doctest: +SKIP
+        >>> model.refinement.rejected  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        backbone: str = OFFLINE_BACKBONE,
+        layers: Sequence[str] | None = None,
+        pre_trained: bool = True,
+        image_size: tuple[int, int] = (256, 256),
+        dimensions: int = 128,
+        blocks: int = 4,
+        hidden: int = 64,
+        shrinkage: float = 0.2,
+        tail: float = 0.03,
+        meta_steps: int = 20,
+        episodes: int = 2,
+        support_images: int = 16,
+        inner_steps: int = 2,
+        inner_lr: float = 0.1,
+        meta_lr: float = 2e-3,
+        first_order: bool = False,
+        adaptation_steps: int = 10,
+        batch_patches: int = 1024,
+        rule: str = "fdr",
+        rounds: int = 4,
+        memory_limit_mb: float = 2048,
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        _check("shrinkage", shrinkage, 0 <= shrinkage <= 1, "a number in [0, 1]")
+        _check("tail", tail, 0 < tail <= 1, "a number in (0, 1]")
+        for name, value, least in [
+            ("dimensions", dimensions, 2), ("blocks", blocks, 1), ("hidden", hidden, 1), ("meta_steps", meta_steps, 0),
+            ("episodes", episodes, 1), ("support_images", support_images, 1), ("inner_steps", inner_steps, 1),
+            ("adaptation_steps", adaptation_steps, 0), ("batch_patches", batch_patches, 1), ("rounds", rounds, 0),
+        ]:  # fmt: skip
+            _check(name, value, value >= least, f"an integer of at least {least}")
+        get_rule(rule)
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(tuple(image_size), backbone)
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        self.model: MetaRefineModel = MetaRefineModel(backbone, layers, pre_trained, dimensions, blocks, hidden, tail)
+        self.settings = FitSettings(
+            shrinkage=shrinkage,
+            tail=tail,
+            meta_steps=meta_steps,
+            episodes=episodes,
+            support_images=support_images,
+            inner_steps=inner_steps,
+            inner_lr=inner_lr,
+            meta_lr=meta_lr,
+            first_order=first_order,
+            adaptation_steps=adaptation_steps,
+            batch_patches=batch_patches,
+            rule=rule,
+            rounds=rounds,
+        )
+        self.refinement: Refinement | None = None
+        self._memory_limit_mb = memory_limit_mb
+        self._store = FeatureStore(memory_limit_mb)
+        self._grid: tuple[int, int] | None = None
+        self._unreadable: dict[str, str] = {}
+        self._full_train_data: Any = None
+
+    def setup(self, stage: str) -> None:
+        """Leave unreadable images out of this training run; the user's datamodule gets them back afterwards."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        train_data = getattr(datamodule, "train_data", None)
+        if stage != "fit" or self._is_fitted or train_data is None:
+            return
+        paths = train_data.samples["image_path"].tolist()
+        if not paths:
+            msg = f"{datamodule.name} has no training images. Check its path and its split settings."
+            raise ValueError(msg)
+        self._unreadable = unreadable_images(paths)
+        if len(self._unreadable) == len(paths):
+            first, reason = next(iter(self._unreadable.items()))
+            msg = f"None of the {len(paths)} training images can be read. The first is {first} ({reason})."
+            raise ValueError(msg)
+        if self._unreadable:
+            listing = "\n".join(f"  {path}: {reason}" for path, reason in self._unreadable.items())
+            logger.warning("%d training images can't be read and are left out:\n%s", len(self._unreadable), listing)
+            self._full_train_data = train_data
+            readable = [i for i, path in enumerate(paths) if str(path) not in self._unreadable]
+            datamodule.train_data = train_data.subsample(readable)
+
+    def teardown(self, stage: str) -> None:
+        """Give the datamodule its full training set back."""
+        del stage
+        if self._full_train_data is not None:
+            self.trainer.datamodule.train_data = self._full_train_data
+            self._full_train_data = None
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Collect the features of a batch.
+
+        Args:
+            batch (Batch): Images ``[B x 3 x H x W]`` and their paths.
+            *args (Any): Unused.
+            **kwargs (Any): Unused.
+
+        Returns:
+            STEP_OUTPUT: A dummy loss; nothing is learned before `fit`.
+        """
+        del args, kwargs
+        if not self._is_fitted:
+            if len(self._store) == 0:
+                self._warn_if_squashed(batch)
+            embeddings, self._grid = self.model.embed(batch.image)
+            self._store.add(batch.image_path, embeddings)
+        return {"loss": torch.zeros((), requires_grad=True, device=self.device)}
+
+    def fit(self) -> None:
+        """Meta-train and refine on the collected features.
+
+        Raises:
+            ValueError: If there is no image with finite features.
+        """
+        if len(self._store) == 0:
+            left_out = next(iter(self._store.left_out.items()), None)
+            reason = f"{left_out[0]}: {left_out[1]}" if left_out else "the training dataloader was empty"
+            msg = f"There is no training image to fit MetaRefine on ({reason})."
+            raise ValueError(msg)
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        with _progress(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress, (
+            torch.inference_mode(mode=False)
+        ), torch.enable_grad():
+            fitter = DensityFitter(
+                self._store, self.model.flow.cpu(), self._grid, self.settings, generator, progress, self._log_figures
+            )
+            density, self.refinement = fitter.fit()
+        self.model.load_density(density, self._grid)
+        self.model.flow.to(self.device)
+        self.refinement.left_out |= self._unreadable
+        logger.info(
+            "Refinement kept %d of %d training images (%s).",
+            sum(self.refinement.kept), len(self.refinement.kept), self.refinement.stop_reason,
+        )  # fmt: skip
+        for path, reason in self._store.left_out.items():
+            logger.warning("%s is left out: %s", path, reason)
+        self._store = FeatureStore(self._memory_limit_mb)
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Score a batch; see `MetaRefineModel.forward`."""
+        del args, kwargs
+        return batch.update(**self.model(batch.image)._asdict())
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """MetaRefine optimises in `fit`, not in Lightning's loop."""
+        return
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One pass over the training images on one device."""
+        return {"gradient_clip_val": 0, "max_epochs": 1, "num_sanity_val_steps": 0, "devices": 1}
+
+    @property
+    def learning_type(self) -> LearningType:
+        """One class: training images are taken as normal until refinement says otherwise."""
+        return LearningType.ONE_CLASS
+
+    @classmethod
+    def configure_pre_processor(
+        cls, image_size: tuple[int, int] | None = None, backbone: str = OFFLINE_BACKBONE
+    ) -> PreProcessor:
+        """Resize, and normalise as the backbone was trained.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width; ``None`` means 256 x 256.
+            backbone (str): timm architecture whose mean and standard deviation are taken.
+
+        Returns:
+            PreProcessor: Its exported form resizes exactly like its training form, antialiasing included.
+        """
+        mean, std = normalization(backbone)
+        resize = Resize(tuple(image_size or (256, 256)), antialias=True)
+        return ExactPreProcessor(Compose([resize, Normalize(mean=list(mean), std=list(std))]))
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """AUROC of images and pixels in validation and test, F1 in test; pixel figures only where there are masks."""
+
+        def auroc() -> list[AUROC]:
+            return [
+                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
+            ]
+
+        f1_scores = [
+            F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
+            F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+        ]
+        return Evaluator(val_metrics=auroc(), test_metrics=[*auroc(), *f1_scores])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what refinement decided."""
+        super().on_save_checkpoint(checkpoint)
+        if self.refinement is not None:
+            checkpoint[_CHECKPOINT_KEY] = self.refinement.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what refinement decided."""
+        super().on_load_checkpoint(checkpoint)
+        if _CHECKPOINT_KEY in checkpoint:
+            self.refinement = Refinement.from_dict(checkpoint[_CHECKPOINT_KEY])
+
+    def _log_figures(self, figures: dict[str, float], step: int) -> None:
+        for sink in self.trainer.loggers:
+            sink.log_metrics(figures, step=step)
+
+    def _warn_if_squashed(self, batch: Batch) -> None:
+        if not batch.image_path:
+            return
+        with Image.open(batch.image_path[0]) as image:
+            width, height = image.size
+        rows, columns = batch.image.shape[-2:]
+        change = (width / height) / (columns / rows)
+        if max(change, 1 / change) > _SQUASH_WARNING:
+            scale = (rows * columns / (width * height)) ** 0.5
+            suggestion = tuple(max(32, round(side * scale / 32) * 32) for side in (height, width))
+            logger.warning(
+                "Images of %d x %d pixels (height x width) are squashed to %d x %d, which hides thin defects. "
+                "Set image_size to their shape, e.g. %s or a multiple.", height, width, rows, columns, suggestion,
+            )  # fmt: skip
+
+
+def _check(name: str, value: object, accepted: bool, expected: str) -> None:
+    if not accepted:
+        msg = f"{name} must be {expected}, found {value!r}."
+        raise ValueError(msg)
+
+
+def _progress(enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not enabled)
