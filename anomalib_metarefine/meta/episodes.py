@@ -105,7 +105,5 @@ def draw_episode(
     if len(query) == 0:
         query = support
     rate = _MAX_DIRTY * torch.rand((), generator=generator).item()
-    batches = [
-        dirty(draw_batch(images, positions, support, size, generator), rate, generator) for _ in range(steps)
-    ]
+    batches = [dirty(draw_batch(images, positions, support, size, generator), rate, generator) for _ in range(steps)]
     return Episode(batches, draw_batch(images, positions, query, size, generator))

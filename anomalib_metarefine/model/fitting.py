@@ -39,6 +39,7 @@ class FitSettings:
 
     shrinkage: float
     tail: float
+    trim: float
     meta_steps: int
     episodes: int
     support_images: int
@@ -187,8 +188,11 @@ class DensityFitter:
         return scores
 
     def _loss(self, parameters: Parameters, batch: PatchBatch) -> torch.Tensor:
+        """Trimmed mean of the patch scores: the least likely patches of a dirty set must not be learned."""
         z, log_det = functional_call(self.flow, parameters, tuple(batch))
-        return bits_per_dimension(z, log_det).mean()
+        bits = bits_per_dimension(z, log_det)
+        trusted = max(1, round((1 - self.settings.trim) * len(bits)))
+        return bits.topk(trusted, largest=False, sorted=False).values.mean()
 
     def _whitened(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Chunks of image numbers and their globally whitened patches ``[n x P x D]``."""

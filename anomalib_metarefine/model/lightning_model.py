@@ -59,6 +59,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         hidden (int): Width of the coupling networks.
         shrinkage (float): Weight in [0, 1] of the pooled covariance in that of every grid position. 1 forgets positions.
         tail (float): Share of the patches that make the image score, in (0, 1].
+        trim (float): Share of the least likely patches in every batch that the flow does not learn from, in [0, 1).
         meta_steps (int): Outer steps of MAML; 0 starts from the untrained flow.
         episodes (int): Tasks per outer step.
         support_images (int): Images in a support set.
@@ -99,12 +100,13 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         hidden: int = 64,
         shrinkage: float = 0.2,
         tail: float = 0.03,
-        meta_steps: int = 20,
+        trim: float = 0.1,
+        meta_steps: int = 10,
         episodes: int = 2,
         support_images: int = 16,
         inner_steps: int = 2,
         inner_lr: float = 0.1,
-        meta_lr: float = 2e-3,
+        meta_lr: float = 5e-4,
         first_order: bool = False,
         adaptation_steps: int = 10,
         batch_patches: int = 1024,
@@ -118,6 +120,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
     ) -> None:
         _check("shrinkage", shrinkage, 0 <= shrinkage <= 1, "a number in [0, 1]")
         _check("tail", tail, 0 < tail <= 1, "a number in (0, 1]")
+        _check("trim", trim, 0 <= trim < 1, "a number in [0, 1)")
         for name, value, least in [
             ("dimensions", dimensions, 2), ("blocks", blocks, 1), ("hidden", hidden, 1), ("meta_steps", meta_steps, 0),
             ("episodes", episodes, 1), ("support_images", support_images, 1), ("inner_steps", inner_steps, 1),
@@ -134,6 +137,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         self.settings = FitSettings(
             shrinkage=shrinkage,
             tail=tail,
+            trim=trim,
             meta_steps=meta_steps,
             episodes=episodes,
             support_images=support_images,
