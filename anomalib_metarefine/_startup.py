@@ -23,10 +23,10 @@ _GROUPS = ("anomalib.models", "anomalib.data")
 class _AfterImport:
     """A ``sys.meta_path`` finder that runs ``register`` after one of ``_GROUPS`` has been executed."""
 
-    def __init__(self):  # noqa: ANN204  (annotations would cost an import here)
+    def __init__(self):
         self._busy = set()
 
-    def find_spec(self, name, path=None, target=None):  # noqa: ANN001, ANN201
+    def find_spec(self, name, path=None, target=None):
         """Let the other finders find ``name``; wrap the loader of the modules we wait for."""
         if name not in _GROUPS or name in self._busy:
             return None
@@ -41,7 +41,7 @@ class _AfterImport:
             return spec
         execute = spec.loader.exec_module
 
-        def exec_module(module):  # noqa: ANN001, ANN202
+        def exec_module(module):
             execute(module)
             register(name)
 
@@ -49,7 +49,7 @@ class _AfterImport:
         return spec
 
 
-def register(group):  # noqa: ANN001, ANN201
+def register(group):
     """Load the entry points of ``group`` and make them known to the anomalib module of that name.
 
     A model is set as ``anomalib.models.<name>`` and the package it comes from is added to anomalib's
@@ -67,7 +67,7 @@ def register(group):  # noqa: ANN001, ANN201
     for point in entry_points(group=group):
         try:
             plugin = point.load()
-        except Exception as error:  # noqa: BLE001  (whatever a plugin raises, anomalib must still start)
+        except Exception as error:
             warnings.warn(
                 f"anomalib plugin {point.name!r} ({point.value}) could not be loaded and is left out: {error!r}. "
                 "Fix or uninstall its package, or set ANOMALIB_PLUGINS=off.",
@@ -79,7 +79,7 @@ def register(group):  # noqa: ANN001, ANN201
             host.ALLOWED_MODULES |= {plugin.__module__, plugin.__module__.partition(".")[0]}
 
 
-def register_all():  # noqa: ANN201
+def register_all():
     """Register every plugin now, for a Python that never ran the start-up hook (``python -S``, a zipped app)."""
     from importlib import import_module
 

@@ -32,6 +32,13 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--contamination", type=float, default=0.2, help="share of dirty training images")
     demo.add_argument("--train-images", type=int, default=300, help="size of the training set")
     demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of everything for each")
+    demo.add_argument(
+        "--training",
+        nargs="+",
+        choices=["raw", "refined", "clean"],
+        default=["raw", "refined", "clean"],
+        help="what to run",
+    )
     demo.add_argument("--rule", default="fdr", help="rejection rule: fdr, shorth or iqr")
     return parser
 
@@ -53,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run_demo(DemoSettings(**{**options, "image_size": tuple(arguments.image_size)}))
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"metarefine: {error}", file=sys.stderr)  # noqa: T201
+        print(f"metarefine: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -25,7 +25,7 @@ from anomalib_metarefine.data.elpv import ELPV
 from anomalib_metarefine.model.lightning_model import MetaRefine
 
 mpl.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 _GALLERY = 8  # images
 _KEPT, _DIRTY, _FENCE = "#0072B2", "#D55E00", "#000000"  # Okabe and Ito's palette: safe for colour-blind readers
@@ -42,6 +42,7 @@ class DemoSettings:
     contamination: float
     train_images: int
     seeds: list[int]
+    training: list[str]
     rule: str
 
 
@@ -63,13 +64,15 @@ def run_demo(settings: DemoSettings) -> pd.DataFrame:
     settings.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in settings.seeds:
-        datamodule = Contaminated(_source(settings, seed), settings.contamination, "no-overlap", seed, settings.train_images)
+        datamodule = Contaminated(
+            _source(settings, seed), settings.contamination, "no-overlap", seed, settings.train_images
+        )
         datamodule.setup()
         console.print(
-            f"[bold]{datamodule.name} {datamodule.category}[/], seed {seed}: {len(datamodule.train_data)} training images, "
-            f"{len(datamodule.injected)} of them dirty; {len(datamodule.test_data)} test images"
+            f"[bold]{datamodule.name} {datamodule.category}[/], seed {seed}: {len(datamodule.train_data)} training "
+            f"images, {len(datamodule.injected)} of them dirty; {len(datamodule.test_data)} test images"
         )
-        for kind in ("raw", "refined", "clean"):
+        for kind in settings.training:
             console.print(f"[bold]{kind}[/]")
             rows.append({"seed": seed, "training": kind, **_train(kind, datamodule, settings, seed)})
     table = pd.DataFrame(rows)
@@ -159,7 +162,9 @@ def _gallery(model: MetaRefine, dirty: np.ndarray, path: Path) -> None:
     worst = np.argsort(model.refinement.scores)[::-1][:_GALLERY]
     model.eval()
     images = [read_image(model.refinement.paths[i], as_tensor=True) for i in worst]
-    maps = [model.model(model.pre_processor.transform(image.unsqueeze(0)).to(model.device)).anomaly_map for image in images]
+    maps = [
+        model.model(model.pre_processor.transform(image.unsqueeze(0)).to(model.device)).anomaly_map for image in images
+    ]
     low, high = (float(q) for q in np.quantile(torch.cat(maps).cpu().numpy(), [0.2, 0.995]))
     figure, axes = plt.subplots(2, len(worst), figsize=(1.8 * len(worst), 4), layout="constrained", squeeze=False)
     for column, (i, image, heat) in enumerate(zip(worst, images, maps, strict=True)):
@@ -189,6 +194,6 @@ def _print(console: Console, results: pd.DataFrame) -> None:
             values = group[column].dropna() if column in group else pd.Series(dtype=float)
             digits = 1 if column in ("seconds", "rejected") else 3
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "–")
+            cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
         table.add_row(kind, *cells)
     console.print(table)

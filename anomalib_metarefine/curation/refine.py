@@ -86,7 +86,7 @@ def refine(
     rejected too early comes back. At least half of the images are always kept.
 
     Args:
-        score (Callable[[np.ndarray], np.ndarray]): Fits on the images of a boolean mask ``[N]`` and scores all, ``[N]``.
+        score (Callable[[np.ndarray], np.ndarray]): Fits on the images of a mask ``[N]``, scores all, ``[N]``.
         paths (list[str]): Names of the ``N`` images.
         rule (Rule): Sets the fence.
         max_rounds (int): Rounds at most; 0 scores the images and rejects none.

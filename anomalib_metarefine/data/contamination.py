@@ -83,8 +83,8 @@ class Contaminated(AnomalibDataModule):
         self.datamodule.prepare_data()
 
     def _setup(self, _stage: str | None = None) -> None:
-        # A copy without its validation split: that is carved out of the contaminated sets afterwards, so that validation
-        # images taken from the training set are as dirty as they would be in life.
+        # A copy without its validation split: that is carved out of the contaminated sets afterwards, so that
+        # validation images taken from the training set are as dirty as they would be in life.
         source = copy.deepcopy(self.datamodule)
         source.val_split_mode = ValSplitMode.NONE
         source.setup()
@@ -101,7 +101,9 @@ class Contaminated(AnomalibDataModule):
             )
             raise ValueError(msg)
         if total - dirty > len(train):
-            msg = f"train_images={total} with {dirty} defective ones needs {total - dirty} good images; {self.name} has "
+            msg = (
+                f"train_images={total} with {dirty} defective ones needs {total - dirty} good images; {self.name} has "
+            )
             raise ValueError(msg + f"{len(train)}.")
         kept = np.sort(generator.permutation(len(train))[: total - dirty])
         chosen = np.sort(defective[:dirty])

@@ -91,8 +91,10 @@ def position_code(height: int, width: int) -> torch.Tensor:
     column = (torch.arange(width) + 0.5) / width
     rows, columns = (axis.reshape(-1, 1) for axis in torch.meshgrid(row, column, indexing="ij"))
     octaves = math.pi * 2 ** torch.arange(POSITION_CHANNELS // 4)
-    return torch.cat([torch.sin(octaves * rows), torch.cos(octaves * rows)]
-                     + [torch.sin(octaves * columns), torch.cos(octaves * columns)], dim=1)
+    return torch.cat(
+        [wave(octaves * axis) for axis in (rows, columns) for wave in (torch.sin, torch.cos)],
+        dim=1,
+    )
 
 
 def image_score(patch_scores: torch.Tensor, tail: float) -> torch.Tensor:

@@ -44,7 +44,9 @@ class Backbone(nn.Module):
         [(1, 40, 8, 20), (1, 112, 4, 10)]
     """
 
-    def __init__(self, name: str = OFFLINE_BACKBONE, layers: Sequence[str] | None = None, pre_trained: bool = True):
+    def __init__(
+        self, name: str = OFFLINE_BACKBONE, layers: Sequence[str] | None = None, pre_trained: bool = True
+    ) -> None:
         super().__init__()
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=3) or [OFFLINE_BACKBONE, "resnet18"]
@@ -97,11 +99,12 @@ def _create(name: str, pre_trained: bool, **kwargs: Any) -> nn.Module:  # noqa: 
     """``timm.create_model`` with offline weights where we have them, and one clear error where nobody has any."""
     if "vit" in name or "deit" in name:  # transformers take other sizes than their own only on request
         kwargs["dynamic_img_size"] = True
-    if pre_trained and name.split(".")[0] == OFFLINE_BACKBONE:
+    if pre_trained and name.split(".", maxsplit=1)[0] == OFFLINE_BACKBONE:
         # Always, not only without a network: the tensors are the hub's to the last bit, and nothing is downloaded.
-        return timm.create_model(
-            OFFLINE_BACKBONE, pretrained=True, pretrained_cfg_overlay={"state_dict": offline_state_dict()}, **kwargs
-        )
+        net = timm.create_model(OFFLINE_BACKBONE, pretrained=False, **kwargs)
+        weights = offline_state_dict()
+        net.load_state_dict({key: weights[key] for key in net.state_dict()})
+        return net
     try:
         return timm.create_model(name, pretrained=pre_trained, **kwargs)
     except Exception as error:

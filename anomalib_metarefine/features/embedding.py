@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 _EIGENVALUE_FLOOR = 1e-3  # of the largest: components below it are mostly noise of the backbone
 _VARIANCE_FLOOR = 1e-6  # of a component, in the units of the backbone: flat images have no variance at all
+_MIN_REMAINING = 0.05  # of the determinant, when one image is taken out: the approximation ends before zero
 _RIDGE = 1e-3  # added to every positional covariance (unit scale after whitening): flat images have none
 
 
@@ -99,13 +101,15 @@ class PositionalGaussian(NamedTuple):
         mean (torch.Tensor): ``[P x D]``.
         precision_root (torch.Tensor): ``L^-1``, ``[P x D x D]``, lower triangular.
         log_det (torch.Tensor): ``log |L^-1|``, ``[P]``: what the map adds to a log-likelihood.
-        leverage (float): Share with which one training image enters the covariance; for `leave_one_out`.
+        count (int): Images it was fitted on.
+        shrinkage (float): Weight of the pooled covariance.
     """
 
     mean: torch.Tensor
     precision_root: torch.Tensor
     log_det: torch.Tensor
-    leverage: float
+    count: int
+    shrinkage: float
 
     @classmethod
     def fit(cls, chunks: Iterable[torch.Tensor], shrinkage: float) -> PositionalGaussian:
@@ -137,8 +141,7 @@ class PositionalGaussian(NamedTuple):
         identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
         inverse = torch.linalg.solve_triangular(root, identity, upper=False)
         log_det = -root.diagonal(dim1=1, dim2=2).log().sum(1)
-        leverage = (1 - shrinkage) * count / max(count - 1, 1) ** 2
-        return cls(mean, inverse, log_det, leverage)
+        return cls(mean, inverse, log_det, count, shrinkage)
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
         """Whiten ``[N x P x D]`` position by position, to the same shape."""
@@ -148,10 +151,11 @@ class PositionalGaussian(NamedTuple):
     def leave_one_out(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the map would have given had each image not been in the set it was fitted on.
 
-        An image pulls mean and covariance towards itself, so the distances of training images all look alike.
-        Taking image ``i`` out is a rank-one downdate: with ``a`` the leverage and ``d2 = |z|^2``, its squared distance
-        becomes ``d2 / (1 - a d2)`` and the determinant shrinks by ``1 - a d2`` (Sherman-Morrison). The pooled
-        covariance is left as it is, and the direction of ``z`` too.
+        An image pulls mean and covariance towards itself, so the distances of training images all look alike. Taking
+        it out of a sample covariance of ``n`` images is a rank-one downdate: with ``a = (1 - shrinkage) n / (n - 1)^2``
+        and ``d2 = |z|^2``, the squared distance becomes ``d2 / (1 - a d2)`` and the determinant shrinks by ``1 - a d2``
+        (Sherman-Morrison); the distance to the mean of the others is ``n / (n - 1)`` times as long, and the covariance
+        of one image fewer has another divisor. The pooled covariance and the direction of ``z`` are left as they are.
 
         Args:
             z (torch.Tensor): ``[N x P x D]``, output of the map for images it was fitted on.
@@ -159,5 +163,11 @@ class PositionalGaussian(NamedTuple):
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Corrected ``z``, and ``[N x P]`` corrected log-determinants.
         """
-        remaining = (1 - self.leverage * z.square().sum(-1)).clamp_min(0.05)
-        return z / remaining.sqrt().unsqueeze(-1), self.log_det - 0.5 * remaining.log()
+        if self.count < 3:
+            return z, self.log_det.expand(z.shape[:2])
+        leverage = (1 - self.shrinkage) * self.count / (self.count - 1) ** 2
+        divisor = 1 + (1 - self.shrinkage) / (self.count - 2)
+        remaining = (1 - leverage * z.square().sum(-1)).clamp_min(_MIN_REMAINING)
+        stretch = self.count / (self.count - 1) * (divisor * remaining).rsqrt()
+        log_det = self.log_det - 0.5 * remaining.log() - 0.5 * z.shape[-1] * math.log(divisor)
+        return z * stretch.unsqueeze(-1), log_det

@@ -8,6 +8,7 @@ the logits agree to the last bit.
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -64,3 +65,7 @@ def use_offline_weights() -> None:
     for name in (OFFLINE_BACKBONE, f"{OFFLINE_BACKBONE}.in1k"):
         _model_pretrained_cfgs[name].state_dict = offline_state_dict()
     logger.info("timm loads the pretrained weights of %s from the installed package.", OFFLINE_BACKBONE)
+
+
+if os.environ.get("METAREFINE_OFFLINE_WEIGHTS") == "1":  # the way to ask for it under the `anomalib` command
+    use_offline_weights()

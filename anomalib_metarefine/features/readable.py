@@ -33,6 +33,6 @@ def _why_unreadable(path: str | Path) -> str | None:
             return "the file is empty"
         with Image.open(path) as image:
             image.load()
-    except Exception as error:  # noqa: BLE001  (Pillow raises anything, SyntaxError included, on broken files)
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -56,8 +56,8 @@ def _filter(source: int, target: int, like: torch.Tensor) -> torch.Tensor:
 class ExactPreProcessor(PreProcessor):
     """anomalib's pre-processor with the same resize in training and export.
 
-    ``transform`` stays what anomalib knows (a torchvision ``Resize`` and ``Normalize``), so that datamodules, checkpoints
-    and every other part of anomalib treat it as usual; only the exported counterpart differs.
+    ``transform`` stays what anomalib knows (a torchvision ``Resize`` and ``Normalize``), so that datamodules,
+    checkpoints and every other part of anomalib treat it as usual; only the exported counterpart differs.
     """
 
     def __init__(self, transform: Transform | None = None) -> None:

@@ -69,7 +69,9 @@ class FeatureStore:
         half = embeddings.detach().to("cpu", torch.float16)
         finite = half.isfinite().flatten(1).all(1)
         for i in (~finite).nonzero().flatten().tolist():
-            self.left_out[paths[i]] = "its features are not finite (NaN or infinite pixels, or a backbone that overflows)"
+            self.left_out[paths[i]] = (
+                "its features are not finite (NaN or infinite pixels, or a backbone that overflows)"
+            )
         half, kept = half[finite], [path for path, ok in zip(paths, finite.tolist(), strict=True) if ok]
         if not kept:
             return

@@ -1,8 +1,8 @@
 """Episodes from one dirty training set: adapt *from a dirty support set*, be right about normal patches.
 
-A support set is drawn from the training images and dirtied on purpose at a random rate; the query set comes from other
-images and is left as it is. The anomalies are made in feature space, which costs nothing: a patch that belongs to another
-place of another image (cut-and-paste), or one pushed off the data along a random direction.
+A support set is drawn from the training images and dirtied on purpose at a random rate; the query set comes from
+other images and is left as it is. The anomalies are made in feature space, which costs nothing: a patch that belongs
+to another place of another image (cut-and-paste), or one pushed off the data along a random direction.
 
 References:
     - Li et al., "CutPaste", arXiv 2104.04015 (the image-space form of the first kind).

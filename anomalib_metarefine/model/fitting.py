@@ -1,8 +1,8 @@
 """From the feature store to a density of clean patches: whitening, meta-training, refinement.
 
-This is where the stages meet. Each of them is a function or a small class of its own module; here they are put in order
-and told which images to look at. Memory stays bounded: images are whitened chunk by chunk, and gradient steps draw their
-patches from a pool of limited size.
+This is where the stages meet. Each of them is a function or a small class of its own module; here they are put in
+order and told which images to look at. Memory stays bounded: images are whitened chunk by chunk, and gradient steps
+draw their patches from a pool of limited size.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class DensityFitter:
         settings (FitSettings): See `MetaRefine`.
         generator (torch.Generator): Source of all randomness.
         progress (Progress): Where bars are shown.
-        log (Callable[[dict[str, float], int], None] | None): Receives figures and their step.
+        log (Callable[[dict[str, float], int], None]): Receives figures and their step.
     """
 
     def __init__(
@@ -82,11 +82,10 @@ class DensityFitter:
         settings: FitSettings,
         generator: torch.Generator,
         progress: Progress,
-        log: Callable[[dict[str, float], int], None] | None = None,
+        log: Callable[[dict[str, float], int], None],
     ) -> None:
         self.store, self.flow, self.settings = store, flow, settings
-        self.generator, self.progress = generator, progress
-        self.log = log or (lambda figures, step: None)
+        self.generator, self.progress, self.log = generator, progress, log
         self.positions = position_code(*grid)
         # Sorted by path: the result does not depend on how the dataloader shuffled.
         self.order = np.argsort(store.paths, kind="stable")
@@ -136,7 +135,11 @@ class DensityFitter:
         for step in range(settings.meta_steps):
             episodes = [
                 draw_episode(
-                    pool, self.positions, settings.support_images, settings.inner_steps, settings.batch_patches,
+                    pool,
+                    self.positions,
+                    settings.support_images,
+                    settings.inner_steps,
+                    settings.batch_patches,
                     self.generator,
                 )
                 for _ in range(settings.episodes)
@@ -152,7 +155,9 @@ class DensityFitter:
 
     def fit_gaussian(self, kept: np.ndarray) -> PositionalGaussian:
         """Positional whitening of the kept images (``[N]`` mask)."""
-        return PositionalGaussian.fit((chunk for _, chunk in self._whitened(np.flatnonzero(kept))), self.settings.shrinkage)
+        return PositionalGaussian.fit(
+            (chunk for _, chunk in self._whitened(np.flatnonzero(kept))), self.settings.shrinkage
+        )
 
     def fit_kept(self, kept: np.ndarray, initial: Parameters) -> Density:
         """Positional whitening from scratch and the flow from ``initial``: a rejected image leaves no trace."""

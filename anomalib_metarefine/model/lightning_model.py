@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,10 +45,10 @@ _CHECKPOINT_KEY = "metarefine_refinement"
 class MetaRefine(MemoryBankMixin, AnomalibModule):
     """Anomaly detection from a dirty training set.
 
-    One pass over the training images collects features of a frozen backbone. A normalizing flow over whitened patches is
-    meta-trained on episodes with deliberately dirtied support sets; then rounds of refinement fit, score, reject the
-    images past a fence and fit again from the same meta-learned initialisation. The result, with the decision about every
-    image, is in the checkpoint (`refinement`).
+    One pass over the training images collects features of a frozen backbone. A normalizing flow over whitened patches
+    is meta-trained on episodes with deliberately dirtied support sets; then rounds of refinement fit, score, reject the
+    images past a fence and fit again from the same meta-learned initialisation. The result, with the decision about
+    every image, is in the checkpoint (`refinement`).
 
     Args:
         backbone (str): Any timm architecture.
@@ -57,7 +58,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         dimensions (int): Channels of a whitened patch.
         blocks (int): Coupling blocks of the flow.
         hidden (int): Width of the coupling networks.
-        shrinkage (float): Weight in [0, 1] of the pooled covariance in that of every grid position. 1 forgets positions.
+        shrinkage (float): Weight in [0, 1] of the pooled covariance in that of every grid position.
         tail (float): Share of the patches that make the image score, in (0, 1].
         trim (float): Share of the least likely patches in every batch that the flow does not learn from, in [0, 1).
         meta_steps (int): Outer steps of MAML; 0 starts from the untrained flow.
@@ -217,9 +218,11 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             msg = f"There is no training image to fit MetaRefine on ({reason})."
             raise ValueError(msg)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        with _progress(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress, (
-            torch.inference_mode(mode=False)
-        ), torch.enable_grad():
+        with (
+            _progress(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+        ):
             fitter = DensityFitter(
                 self._store, self.model.flow.cpu(), self._grid, self.settings, generator, progress, self._log_figures
             )
@@ -287,6 +290,14 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
         ]
         return Evaluator(val_metrics=auroc(), test_metrics=[*auroc(), *f1_scores])
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+        """Anomalib's export, at the opset that torch's exporter writes natively.
+
+        It is asked for 14 by default, knows 18 and up, and fails to convert the finished graph down.
+        """
+        kwargs.setdefault("opset_version", 18)
+        return super().to_onnx(*args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what refinement decided."""

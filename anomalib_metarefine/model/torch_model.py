@@ -101,12 +101,12 @@ class MetaRefineModel(DynamicBufferMixin, nn.Module):
         embeddings = patch_embeddings(maps)
         if embeddings.shape[1] != len(self.positions):
             msg = (
-                f"Images of {tuple(images.shape[-2:])} pixels give {height} x {width} patches, but the model was fitted "
-                f"on {len(self.positions)}. Keep the pre-processor of the training, or train with this `image_size`."
+                f"Images of {tuple(images.shape[-2:])} pixels give {height} x {width} patches, but the model was "
+                f"fitted on {len(self.positions)}. Keep the pre-processor of the training, or train with this size."
             )
             raise ValueError(msg)
         z = (embeddings.transpose(0, 1) @ self.projection).transpose(0, 1) - self.offset
-        count = len(images)
+        count = images.shape[0]  # not len(), which would fix the batch size of an exported graph
         output, log_det = self.flow(z.flatten(0, 1), self.positions.repeat(count, 1))
         bits = bits_per_dimension(output.view_as(z), log_det.view(count, -1) + self.log_det)
         anomaly_map = F.interpolate(

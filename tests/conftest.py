@@ -1,0 +1,47 @@
+"""Shared fixtures: a small folder of images that look like parts, with defects that can be seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anomalib.data import Folder
+from PIL import Image
+
+
+def part(rng: np.random.Generator, size: tuple[int, int] = (96, 96), defect: bool = False) -> Image.Image:
+    """A striped plate with noise; a defect is a bright blob on it."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    pixels = 120 + 40 * np.sin(rows / 6) + 10 * np.cos(columns / 9) + rng.normal(0, 4, size)
+    if defect:
+        y, x = rng.integers(height // 4, 3 * height // 4), rng.integers(width // 4, 3 * width // 4)
+        pixels[(rows - y) ** 2 + (columns - x) ** 2 < (height // 8) ** 2] = 250
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """``train/good`` (24 images), ``test/good`` (8) and ``test/blob`` (8) in one folder."""
+    rng = np.random.default_rng(0)
+    for folder, count, defect in [("train/good", 24, False), ("test/good", 8, False), ("test/blob", 8, True)]:
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(count):
+            part(rng, defect=defect).save(tmp_path / folder / f"{i:03d}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def datamodule(parts: Path) -> Folder:
+    """The folder as anomalib reads it."""
+    return folder(parts)
+
+
+def folder(root: Path, **settings) -> Folder:
+    return Folder(
+        name="parts",
+        root=root,
+        normal_dir="train/good",
+        abnormal_dir="test/blob",
+        normal_test_dir="test/good",
+        **{"train_batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "val_split_mode": "same_as_test", **settings},
+    )

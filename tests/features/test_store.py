@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from anomalib_metarefine.features.store import FeatureStore
+
+
+def filled(limit_mb: float) -> FeatureStore:
+    store = FeatureStore(limit_mb)
+    for start in range(0, 60, 7):
+        ids = range(start, min(start + 7, 60))
+        store.add([f"{i}.png" for i in ids], torch.stack([torch.full((16, 8), float(i)) for i in ids]))
+    return store
+
+
+@pytest.mark.parametrize(("limit_mb", "on_disk"), [(100, False), (0.004, True), (0, True)])
+def test_gives_back_what_was_added_in_memory_and_on_disk(limit_mb, on_disk):
+    store = filled(limit_mb)
+    assert store.on_disk is on_disk
+    assert (len(store), store.shape, len(store.paths)) == (60, (16, 8), 60)
+    torch.testing.assert_close(store.images()[:, 0, 0], torch.arange(60.0))
+    torch.testing.assert_close(store.images([3, 59])[:, 5, 2], torch.tensor([3.0, 59.0]))
+
+
+@pytest.mark.parametrize("limit_mb", [100, 0])
+def test_samples_patches_of_all_images_once(limit_mb):
+    store = filled(limit_mb)
+    sample = store.sample_patches(10**6, torch.Generator())
+    assert sample.shape == (60 * 16, 8)
+    assert sample[:, 0].bincount().tolist() if sample.dtype == torch.long else sample[:, 0].unique().numel() == 60
+    assert store.sample_patches(100, torch.Generator()).shape == (100, 8)
+
+
+def test_the_file_goes_with_the_store():
+    store = filled(0)
+    folder = store._folder.name
+    from pathlib import Path
+
+    assert Path(folder).exists()
+    del store
+    assert not Path(folder).exists()
+
+
+def test_images_without_finite_features_are_left_out_and_named():
+    store = FeatureStore()
+    batch = torch.zeros(3, 4, 2)
+    batch[1, 0, 0] = float("nan")
+    batch[2, 3, 1] = 1e6  # past the range of half precision
+    store.add(["a", "b", "c"], batch)
+    assert store.paths == ["a"]
+    assert set(store.left_out) == {"b", "c"}
+    assert "not finite" in store.left_out["b"]
+
+
+def test_images_of_another_size_are_refused():
+    store = FeatureStore()
+    store.add(["a"], torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match="Images of different sizes"):
+        store.add(["b"], torch.zeros(1, 9, 2))

@@ -1,0 +1,163 @@
+"""MetaRefine under anomalib's own Engine: what upstream's integration test asks for, and bad input."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import PredictDataset
+from anomalib.engine import Engine
+from lightning import seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+
+from anomalib_metarefine import Contaminated, MetaRefine
+from tests.conftest import folder
+
+SMALL = {"image_size": (96, 96), "dimensions": 32, "meta_steps": 2, "adaptation_steps": 2, "visualizer": False}
+
+
+def engine(root, **settings) -> Engine:
+    return Engine(default_root_dir=root / "results", **{"logger": False, "accelerator": "cpu", **settings})
+
+
+def trained(datamodule, root, **settings) -> tuple[MetaRefine, Engine]:
+    seed_everything(0, verbose=False)
+    model, runner = MetaRefine(**{**SMALL, **settings}), engine(root)
+    runner.fit(model, datamodule=datamodule)
+    return model, runner
+
+
+def test_trains_tests_validates_predicts_and_saves(datamodule, tmp_path):
+    dirty = Contaminated(datamodule, 0.125)
+    model, runner = trained(dirty, tmp_path)
+    assert {p.split("/")[-2] for p in model.refinement.rejected} >= {"blob"}
+    (metrics,) = runner.test(model, datamodule=dirty)
+    assert metrics["image_AUROC"] == 1
+    (metrics,) = runner.validate(model, datamodule=dirty)
+    assert metrics["image_AUROC"] == 1
+    predictions = runner.predict(model, dataset=PredictDataset(tmp_path / "test"))
+    assert sum(len(batch.image_path) for batch in predictions) == 16
+    assert predictions[0].anomaly_map.shape[-2:] == (96, 96)
+
+    loaded = MetaRefine.load_from_checkpoint(runner.trainer.checkpoint_callback.best_model_path).eval()
+    assert loaded.refinement == model.refinement
+    image = torch.rand(1, 3, 120, 80)
+    torch.testing.assert_close(loaded(image).pred_score, model.eval()(image).pred_score)
+
+
+def test_a_finished_checkpoint_is_not_curated_again(datamodule, tmp_path):
+    model, runner = trained(datamodule, tmp_path)
+    checkpoint = runner.trainer.checkpoint_callback.best_model_path
+    again = MetaRefine(**SMALL)
+    again.fit = lambda: pytest.fail("fitted a second time")
+    engine(tmp_path).fit(again, datamodule=datamodule, ckpt_path=checkpoint)
+    assert again.refinement == model.refinement
+    engine(tmp_path).train(again, datamodule=datamodule, ckpt_path=checkpoint)
+
+
+def test_same_seed_same_result_whatever_the_order_of_the_images(parts, tmp_path):
+    first, _ = trained(folder(parts), tmp_path)
+    second, _ = trained(folder(parts), tmp_path)
+    assert first.refinement == second.refinement
+    np.testing.assert_array_equal(first.refinement.paths, sorted(first.refinement.paths))
+
+
+def test_figures_of_every_round_reach_the_logger(datamodule, tmp_path):
+    logger = CSVLogger(tmp_path / "log")
+    runner = engine(tmp_path, logger=logger)
+    runner.fit(MetaRefine(**SMALL), datamodule=datamodule)
+    logger.save()
+    text = (tmp_path / "log" / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "meta/query_bits_per_dim" in text
+    assert "refine/rejected" in text
+    assert "image_AUROC" in text  # in validation, where upstream configurations stop early
+
+
+def test_memory_limit_changes_nothing_but_the_place(datamodule, tmp_path):
+    held, _ = trained(datamodule, tmp_path)
+    spilled, _ = trained(datamodule, tmp_path, memory_limit_mb=0)
+    assert held.refinement == spilled.refinement
+
+
+def test_not_square_and_squashed(parts, tmp_path, caplog):
+    logging.getLogger("anomalib_metarefine").propagate = True
+    model, runner = trained(folder(parts), tmp_path, image_size=(64, 160))
+    assert "squashed to 64 x 160" in caplog.text
+    assert len(model.model.positions) == 4 * 10
+    assert runner.test(model, datamodule=folder(parts))[0]["image_AUROC"] > 0.9
+
+
+def test_five_flat_images_and_a_last_batch_of_one(tmp_path):
+    for name, count in [("train/good", 5), ("test/good", 3), ("test/blob", 3)]:
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (64, 64), (100, 100, 100 + 40 * ("blob" in name))).save(tmp_path / name / f"{i}.png")
+    datamodule = folder(tmp_path, train_batch_size=2, eval_batch_size=2)
+    model, runner = trained(datamodule, tmp_path)
+    assert all(model.refinement.kept)
+    assert runner.test(model, datamodule=datamodule)[0]["image_AUROC"] == 1
+
+
+def test_one_image(parts, tmp_path):
+    for path in sorted((parts / "train/good").iterdir())[1:]:
+        path.unlink()
+    model, runner = trained(folder(parts), tmp_path)
+    assert model.refinement.kept == [True]
+    assert np.isfinite(runner.test(model, datamodule=folder(parts))[0]["image_AUROC"])
+
+
+def test_unreadable_images_are_left_out_listed_and_still_there(parts, tmp_path, caplog):
+    logging.getLogger("anomalib_metarefine").propagate = True
+    good = parts / "train/good"
+    whole = (good / "000.png").read_bytes()
+    (good / "empty.png").write_bytes(b"")
+    (good / "text.png").write_text("not an image")
+    (good / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    datamodule = folder(parts)
+    model, _ = trained(datamodule, tmp_path)
+    assert {p.split("/")[-1] for p in model.refinement.left_out} == {"empty.png", "text.png", "truncated.png"}
+    assert "the file is empty" in caplog.text
+    assert len(model.refinement.paths) == 24
+    assert len(datamodule.train_data) == 27  # the user's datamodule is as it was
+    assert len(list(good.iterdir())) == 27
+
+
+def test_nothing_readable(parts, tmp_path):
+    for path in (parts / "train/good").iterdir():
+        path.write_text("not an image")
+    with pytest.raises(ValueError, match="None of the 24 training images can be read"):
+        trained(folder(parts), tmp_path)
+
+
+def test_mixed_sizes_and_channels(parts, tmp_path):
+    good = parts / "train/good"
+    Image.open(good / "000.png").resize((50, 130)).save(good / "000.png")
+    Image.open(good / "001.png").convert("RGBA").save(good / "001.png")
+    Image.open(good / "002.png").convert("1").save(good / "002.png")
+    model, _ = trained(folder(parts), tmp_path)
+    assert len(model.refinement.paths) == 24
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"rule": "tukeyy"}, "no rejection rule"),
+        ({"backbone": "resnet81"}, "no backbone"),
+        ({"layers": ["blocks.99"]}, "no layer"),
+        ({"shrinkage": 1.5}, r"shrinkage must be a number in \[0, 1\], found 1.5"),
+        ({"tail": 0}, "tail must be"),
+        ({"rounds": -1}, "rounds must be an integer of at least 0"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        MetaRefine(**setting)
+
+
+def test_unfitted_model_and_wrong_size_say_what_to_do(datamodule, tmp_path):
+    with pytest.raises(RuntimeError, match="has not been fitted"):
+        MetaRefine(**SMALL).model(torch.zeros(1, 3, 96, 96))
+    model, _ = trained(datamodule, tmp_path)
+    with pytest.raises(ValueError, match="give 8 x 8 patches"):
+        model.model(torch.zeros(1, 3, 128, 128))
