@@ -186,8 +186,8 @@ def _gallery(model: MetaRefine, dirty: np.ndarray, path: Path) -> None:
 def _print(console: Console, results: pd.DataFrame) -> None:
     columns = ["image_AUROC", "rejected", "precision", "recall", "seconds"]
     table = Table(title=f"Mean and spread over {results.seed.nunique()} seed(s)")
-    for heading in ["training set", "image AUROC", "rejected", "precision", "recall", "training, s"]:
-        table.add_column(heading, justify="left" if heading == "training set" else "right")
+    for heading in ["trained on", "image AUROC", "rejected", "precision", "recall", "seconds"]:
+        table.add_column(heading, justify="left" if heading == "trained on" else "right", no_wrap=True)
     for kind, group in results.groupby("training", sort=False):
         cells = []
         for column in columns:

@@ -159,7 +159,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         self._full_train_data: Any = None
 
     def setup(self, stage: str) -> None:
-        """Leave unreadable images out of this training run; the user's datamodule gets them back afterwards."""
+        """Leave unreadable images out of this training run; the user's datamodule gets them back before it starts."""
         datamodule = getattr(self.trainer, "datamodule", None)
         train_data = getattr(datamodule, "train_data", None)
         if stage != "fit" or self._is_fitted or train_data is None:
@@ -180,9 +180,8 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             readable = [i for i, path in enumerate(paths) if str(path) not in self._unreadable]
             datamodule.train_data = train_data.subsample(readable)
 
-    def teardown(self, stage: str) -> None:
-        """Give the datamodule its full training set back."""
-        del stage
+    def on_train_start(self) -> None:
+        """Give the datamodule its full training set back: the training dataloader exists by now."""
         if self._full_train_data is not None:
             self.trainer.datamodule.train_data = self._full_train_data
             self._full_train_data = None

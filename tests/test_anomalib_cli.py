@@ -1,0 +1,80 @@
+"""The stock `anomalib` command, in processes of its own, with nothing but our package installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+BIN = Path(sys.executable).parent
+SMALL = ["--model.image_size", "[96,96]", "--model.meta_steps", "1", "--model.visualizer", "False"]
+
+
+def run(*command: str, cwd: Path) -> str:
+    done = subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "200", "TRUST_REMOTE_CODE": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def data(parts):
+    config = {
+        "class_path": "anomalib.data.Folder",
+        "init_args": {
+            "name": "parts",
+            "root": str(parts),
+            "normal_dir": "train/good",
+            "abnormal_dir": "test/blob",
+            "normal_test_dir": "test/good",
+            "train_batch_size": 8,
+            "eval_batch_size": 8,
+            "num_workers": 0,
+            "val_split_mode": "same_as_test",
+        },
+    }
+    (parts / "data.yaml").write_text(yaml.safe_dump(config))
+    return config
+
+
+def test_train_test_predict_export(parts, data):
+    model = ["--model", "MetaRefine", *SMALL]
+    out = run("anomalib", "train", *model, "--data", "data.yaml", cwd=parts)
+    assert "image_AUROC" in out
+    (checkpoint,) = (parts / "results" / "MetaRefine" / "parts").glob("v*/weights/lightning/model.ckpt")
+    restore = ["--ckpt_path", str(checkpoint)]
+    assert "image_AUROC" in run("anomalib", "test", *model, "--data", "data.yaml", *restore, cwd=parts)
+    run("anomalib", "predict", *model, "--data", str(parts / "test" / "blob"), *restore, cwd=parts)
+    # with the defaults of the model: its settings are in the checkpoint
+    run("anomalib", "export", "--model", "MetaRefine", "--export_type", "openvino", *restore, cwd=parts)
+    assert len(list((parts / "results").rglob("model.xml"))) == 1
+
+
+def test_benchmark_with_either_class_path(parts, data):
+    for class_path in ("MetaRefine", "anomalib_metarefine.MetaRefine"):
+        model = {"class_path": class_path, "init_args": {"image_size": [96, 96], "meta_steps": 1}}
+        config = {"accelerator": ["cpu"], "benchmark": {"seed": 0, "model": model, "data": data}}
+        (parts / "benchmark.yaml").write_text(yaml.safe_dump(config))
+        run("anomalib", "benchmark", "--config", "benchmark.yaml", cwd=parts)
+    results = sorted((parts / "runs" / "benchmark").glob("*/results.csv"))
+    assert results
+    assert "image_AUROC" in results[0].read_text()
+
+
+def test_demo_says_what_is_wrong(tmp_path):
+    done = subprocess.run(
+        [str(BIN / "metarefine"), "demo", "--mvtec", str(tmp_path), "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "is not a category in MVTec layout" in done.stderr
