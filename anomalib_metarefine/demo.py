@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
-from anomalib.data import AnomalibDataModule, MVTecAD
+from anomalib.data import AnomalibDataModule, Folder
 from anomalib.engine import Engine
 from lightning import seed_everything
 from rich.console import Console
@@ -89,10 +89,21 @@ def run_demo(settings: DemoSettings) -> pd.DataFrame:
 def _source(settings: DemoSettings, seed: int) -> AnomalibDataModule:
     if settings.mvtec is None:
         return ELPV(settings.cell_type, settings.train_images, seed=seed)
-    if not (settings.mvtec / "train" / "good").is_dir():
-        msg = f"{settings.mvtec} is not a category in MVTec layout: it has no folder train/good."
-        raise FileNotFoundError(msg)
-    return MVTecAD(settings.mvtec.parent, settings.mvtec.name, num_workers=0)
+    for part in ("train/good", "test/good"):
+        if not (settings.mvtec / part).is_dir():
+            msg = f"{settings.mvtec} is not a category in MVTec layout: it has no folder {part}."
+            raise FileNotFoundError(msg)
+    defects = sorted(folder.name for folder in (settings.mvtec / "test").iterdir() if folder.name != "good")
+    # Not anomalib's MVTecAD, which reads PNG files only.
+    return Folder(
+        name=settings.mvtec.name,
+        root=settings.mvtec,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir=[f"test/{defect}" for defect in defects],
+        num_workers=0,
+        val_split_mode="same_as_test",
+    )
 
 
 def _train(kind: str, datamodule: Contaminated, settings: DemoSettings, seed: int) -> dict[str, float]:

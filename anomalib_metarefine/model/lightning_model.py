@@ -162,6 +162,10 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         """Leave unreadable images out of this training run; the user's datamodule gets them back before it starts."""
         datamodule = getattr(self.trainer, "datamodule", None)
         train_data = getattr(datamodule, "train_data", None)
+        if stage == "fit" and self._is_fitted:
+            logger.warning(
+                "This MetaRefine model is fitted and will not be fitted again; create a new one to train anew."
+            )
         if stage != "fit" or self._is_fitted or train_data is None:
             return
         paths = train_data.samples["image_path"].tolist()
