@@ -195,16 +195,15 @@ def _gallery(model: MetaRefine, dirty: np.ndarray, path: Path) -> None:
 
 
 def _print(console: Console, results: pd.DataFrame) -> None:
-    columns = ["image_AUROC", "rejected", "precision", "recall", "seconds"]
+    digits = {"image_AUROC": 3, "rejected": 0, "precision": 2, "recall": 2, "seconds": 0}
     table = Table(title=f"Mean and spread over {results.seed.nunique()} seed(s)")
     for heading in ["trained on", "image AUROC", "rejected", "precision", "recall", "seconds"]:
         table.add_column(heading, justify="left" if heading == "trained on" else "right", no_wrap=True)
     for kind, group in results.groupby("training", sort=False):
         cells = []
-        for column in columns:
+        for column, places in digits.items():
             values = group[column].dropna() if column in group else pd.Series(dtype=float)
-            digits = 1 if column in ("seconds", "rejected") else 3
-            spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
+            spread = f" ± {values.std():.{places}f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.{places}f}{spread}" if len(values) else "-")
         table.add_row(kind, *cells)
     console.print(table)
