@@ -87,7 +87,7 @@ class DensityFitter:
         self.store, self.flow, self.settings = store, flow, settings
         self.generator, self.progress, self.log = generator, progress, log
         self.positions = position_code(*grid)
-        # Sorted by path: the result does not depend on how the dataloader shuffled.
+        # Sorted by path, so that results of several runs list the images alike, however the dataloader shuffled.
         self.order = np.argsort(store.paths, kind="stable")
         self.whitening = Whitening.fit(store.sample_patches(_WHITENING_PATCHES, generator), flow.dimensions)
 

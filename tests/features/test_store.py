@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -26,15 +28,13 @@ def test_samples_patches_of_all_images_once(limit_mb):
     store = filled(limit_mb)
     sample = store.sample_patches(10**6, torch.Generator())
     assert sample.shape == (60 * 16, 8)
-    assert sample[:, 0].bincount().tolist() if sample.dtype == torch.long else sample[:, 0].unique().numel() == 60
+    assert sample[:, 0].unique().numel() == 60
     assert store.sample_patches(100, torch.Generator()).shape == (100, 8)
 
 
 def test_the_file_goes_with_the_store():
     store = filled(0)
     folder = store._folder.name
-    from pathlib import Path
-
     assert Path(folder).exists()
     del store
     assert not Path(folder).exists()

@@ -56,7 +56,7 @@ def test_a_finished_checkpoint_is_not_curated_again(datamodule, tmp_path):
     engine(tmp_path).train(again, datamodule=datamodule, ckpt_path=checkpoint)
 
 
-def test_same_seed_same_result_whatever_the_order_of_the_images(parts, tmp_path):
+def test_same_seed_same_result_listed_by_path(parts, tmp_path):
     first, _ = trained(folder(parts), tmp_path)
     second, _ = trained(folder(parts), tmp_path)
     assert first.refinement == second.refinement
