@@ -53,6 +53,23 @@ def _filter(source: int, target: int, like: torch.Tensor) -> torch.Tensor:
     return weights.to(like.dtype) / weights.sum(1, keepdim=True).to(like.dtype)
 
 
+def suggested_size(height: float, width: float, area: float = 256 * 256, multiple: int = 32) -> tuple[int, int]:
+    """A size of the shape of an image that backbones take.
+
+    Args:
+        height (float): Of the image, in any unit.
+        width (float): In the same unit.
+        area (float): Pixels wanted.
+        multiple (int): Of which both sides must be multiples.
+
+    Example:
+        >>> suggested_size(800, 320)
+        (416, 160)
+    """
+    scale = (area / (height * width)) ** 0.5
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+
+
 class ExactPreProcessor(PreProcessor):
     """anomalib's pre-processor with the same resize in training and export.
 

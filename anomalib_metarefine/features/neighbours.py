@@ -1,0 +1,137 @@
+"""Patch nearest neighbours between images: is there another image in which this patch looks like this?
+
+A defect is rare: in most other images there is nothing like it at its place, while normal patterns recur everywhere.
+Drawing many small support sets and scoring each image by its distance to the nearest patch of each support (episodic
+scoring) measures this; with the distance of every patch to *every single image* at hand, the score against any support
+set is a minimum over its images, so no support has to be drawn at all. A patch is compared with the patches of a small
+window around its own place: on aligned parts that is where its like is, on others it was measured to be as good as a
+search of the whole image, at a tenth of the cost.
+
+References:
+    - Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (PatchCore), arXiv 2106.08265.
+    - Xie et al., "Pushing the Limits of Few-Shot Anomaly Detection in Industry Vision: GraphCore", arXiv 2301.12082.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from anomalib_metarefine.features.store import FeatureStore
+
+_DIMENSIONS = 64  # principal components; 32 lost 4 points of AUROC on `screw`, more gained nothing
+_CHUNK = 32  # images at a time
+_SAMPLE = 65_536  # patches that the principal components are computed from
+
+
+class NearestImages:
+    """For every patch, the reference images that come nearest to it, and how near.
+
+    Args:
+        store (FeatureStore): Embeddings of all images.
+        order (Sequence[int]): Row of the store for each image; results follow this order.
+        grid (tuple[int, int]): Rows and columns of patches.
+        generator (torch.Generator): Which images are references, where there are more than ``references``.
+        window (int): Patches at most this far off, in rows and columns, are compared.
+        references (int): Images compared with at most; cost and memory grow with them.
+        nearest (int): References remembered for each patch. Where all of them are rejected later, the farthest stands
+            for the rest, so that a patch never scores better for it.
+        on_images (Callable[[int], None] | None): Told how many images were done since it was last called.
+
+    Attributes:
+        distances (np.ndarray): ``[N x P x K]`` half precision, ascending; infinite where there is no other image.
+        images (np.ndarray): ``[N x P x K]``, positions in ``order``.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        order: Sequence[int],
+        grid: tuple[int, int],
+        generator: torch.Generator,
+        window: int = 1,
+        references: int = 300,
+        nearest: int = 24,
+        on_images: Callable[[int], None] | None = None,
+    ) -> None:
+        self._grid, self._window = grid, window
+        order = np.asarray(order)
+        count = len(order)
+        chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
+        sample = store.sample_patches(_SAMPLE, generator)
+        self._centre = sample.mean(0)
+        axes = torch.linalg.eigh(torch.cov((sample - self._centre).T)).eigenvectors
+        self._axes = axes.flip(1)[:, :_DIMENSIONS]
+        memory = self._project(store.images(order[chosen]))  # [P x M x D]
+        norms = memory.square().sum(-1)
+        patches, kept = len(memory), min(nearest, len(chosen))
+        self._remembers_all = kept == len(chosen)
+        self.distances = np.empty((count, patches, kept), dtype=np.float16)
+        self.images = np.empty((count, patches, kept), dtype=np.int32)
+        for start in range(0, count, _CHUNK):
+            rows = np.arange(start, min(start + _CHUNK, count))
+            squared = self._compare(self._project(store.images(order[rows])), memory, norms)
+            own = torch.from_numpy(rows[:, None] == chosen[None])
+            squared.masked_fill_(own.unsqueeze(0), float("inf"))
+            values, columns = squared.topk(kept, dim=2, largest=False)
+            self.distances[rows] = values.sqrt().half().transpose(0, 1).numpy()
+            self.images[rows] = chosen[columns.transpose(0, 1).numpy()]
+            if on_images:
+                on_images(len(rows))
+
+    def episodic(self, kept: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distance of every patch to the nearest like it in a random half of the other images of a set.
+
+        A support set takes each image with probability 1/2, so the nearest one is in it with probability 1/2, the
+        second decides with 1/4, the third with 1/8: mean and standard deviation over *all* support sets in closed form.
+
+        Args:
+            kept (np.ndarray): ``[N]`` mask of the set.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: Mean and standard deviation, ``[N x P]`` each; zero where there is no
+                other image at all.
+        """
+        results = [self._episodic(slice(i, i + _CHUNK), kept) for i in range(0, len(kept), _CHUNK)]
+        mean, deviation = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*results, strict=True))
+        return mean, deviation
+
+    def _episodic(self, rows: slice, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        distances = self.distances[rows].astype(np.float32)
+        exists = np.isfinite(distances)
+        distances[~exists] = 0
+        usable = exists & kept[self.images[rows]]
+        weights = np.where(usable, 0.5 ** usable.cumsum(-1), 0.0).astype(np.float32)
+        total = weights.sum(-1, keepdims=True)
+        if self._remembers_all:  # an empty support set is none
+            weights /= np.where(total > 0, total, 1)
+            total = (total > 0).astype(np.float32)
+        # What is left of the probability goes to the farthest one remembered: it stands for all beyond.
+        farthest = np.maximum(exists.sum(-1) - 1, 0)[..., None]
+        np.put_along_axis(weights, farthest, np.take_along_axis(weights, farthest, -1) + 1 - total, -1)
+        mean = (weights * distances).sum(-1)
+        variance = (weights * np.square(distances - mean[..., None])).sum(-1)
+        return mean, np.sqrt(variance)
+
+    def _project(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Principal components, position first: ``[N x P x C]`` to ``[P x N x D]``."""
+        return ((embeddings - self._centre) @ self._axes).transpose(0, 1).contiguous()
+
+    def _compare(self, patches: torch.Tensor, memory: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        """Squared distance to the nearest patch of each reference within the window, ``[P x n x M]``."""
+        rows, columns = self._grid
+        places = torch.arange(rows * columns).view(rows, columns)
+        best = torch.full((len(patches), patches.shape[1], memory.shape[1]), float("inf"))
+        farthest_down, farthest_right = min(self._window, rows - 1), min(self._window, columns - 1)
+        for down in range(-farthest_down, farthest_down + 1):
+            for right in range(-farthest_right, farthest_right + 1):
+                here = places[max(0, -down) : rows - max(0, down), max(0, -right) : columns - max(0, right)].flatten()
+                there = here + down * columns + right
+                inner = torch.baddbmm(norms[there].unsqueeze(1), patches[here], memory[there].mT, alpha=-2)
+                best[here] = torch.minimum(best[here], inner)
+        return (best + patches.square().sum(-1, keepdim=True)).clamp_min_(0)
