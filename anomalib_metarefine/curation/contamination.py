@@ -1,0 +1,192 @@
+"""How many images are dirty: a posterior of the contamination, from scores alone, with its uncertainty.
+
+The scores of a training set are described as a mixture. Clean images: a normal distribution plus an exponential one
+(right-skewed, as clean scores are); a few odd but clean images far out; dirty images: the same form, shifted up by an
+unknown amount and with a longer tail; and beside them an unknown share of dirty images that score like clean ones, so
+that a lower bound of the contamination is known far better than an upper one. Where clean and dirty overlap, many
+combinations explain the scores about as well, and that is the answer then: Markov chain Monte Carlo draws from all of
+them, in proportion to how well they do. Every draw has a contamination, and a probability for each image to be dirty.
+
+The idea of a distribution of the contamination factor rather than one number is that of Perini et al., who draw from a
+Dirichlet-process mixture in the space of several detectors' scores. Here there is one score whose shape on clean images
+is known to some degree, so a small parametric mixture serves, and says more from 100 scores.
+
+References:
+    - Perini et al., "Estimating the Contamination Factor's Distribution in Unsupervised Anomaly Detection", ICML 2023,
+      arXiv 2210.10487.
+    - Foreman-Mackey et al., "emcee: The MCMC Hammer", arXiv 1202.3665.
+    - ter Braak and Vrugt, "Differential Evolution Markov Chain with snooker updater and fewer chains", 2008.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy.special import expit, log_ndtr
+
+from anomalib_metarefine.curation.rules import lower_side_scale
+
+_LIMITS = (-6.0, 60.0)  # spreads: how far out an outlier lies carries no more information past them
+_MOST_SCORES = 1_000  # evenly spaced order statistics of more say about the same
+_FEWEST_SCORES = 10  # there is nothing to estimate a mixture from
+_WALKERS, _STEPS, _WARM_UP, _THINNING = 48, 900, 500, 10
+
+# Priors, in the spreads of the scores; chosen on ELPV mono (docs/results.md).
+_CENTRE_PRIOR = (-0.2, 0.4)  # of the clean scores: mean and standard deviation
+_SPREAD_PRIOR = 0.5  # standard deviation of the logarithm
+_SKEW_PRIOR = (np.log(0.4), 0.7)  # logarithm of the exponential part's mean: mean and standard deviation
+_SHIFT_PRIOR = 2.0  # mean of a dirty image's shift, exponential
+_TAIL_PRIOR = (np.log(3.0), 0.8)  # logarithm of the dirty tail's extra mean
+_ODD_PRIOR = 0.04  # mean share of odd clean images, exponential
+_MOST = 0.5  # past it "normal" would no longer mean the majority
+_SHARE_PRIOR = (0.3, 3.0)  # Beta, of the visible share over `_MOST`: most sets hold few dirty images
+_MOST_HIDDEN = 0.9  # of the dirty images, look like clean ones: anything up to it is as likely
+_FARTHEST = 5.0  # of centre and logarithms from zero: far past what the priors like, and far from overflow
+_MODEL_DOUBT = 0.5  # part of the probability outside an interval that is left outside: the model is not the truth
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """Posterior of the share of dirty images and of every image's state.
+
+    Attributes:
+        shares (np.ndarray): Draws of the contamination, ``[S]``.
+        dirty_probability (np.ndarray): ``[N]``, in the order of the scores given.
+    """
+
+    shares: np.ndarray
+    dirty_probability: np.ndarray
+
+    @property
+    def estimate(self) -> float:
+        """Posterior median."""
+        return float(np.median(self.shares))
+
+    def interval(self, level: float = 0.9) -> tuple[float, float]:
+        """The contamination, with a probability of about ``level``.
+
+        The shortest interval that holds more of the posterior than that, (1 + level) / 2: real scores follow no simple
+        mixture, and with ``level`` itself the truth was covered too rarely (docs/results.md).
+        """
+        ordered = np.sort(self.shares)
+        inside = int(np.ceil((1 - _MODEL_DOUBT * (1 - level)) * len(ordered)))
+        start = int(np.argmin(ordered[inside - 1 :] - ordered[: len(ordered) - inside + 1]))
+        return float(ordered[start]), float(ordered[start + inside - 1])
+
+    @cached_property
+    def doubt(self) -> float:
+        """Expected share of wrong decisions, if every image went to its more probable side."""
+        return float(np.minimum(self.dirty_probability, 1 - self.dirty_probability).mean())
+
+
+def estimate_contamination(scores: np.ndarray, seed: int = 0) -> Contamination:
+    """Posterior of the contamination, invariant to order, shift and scale of the scores.
+
+    Args:
+        scores (np.ndarray): ``[N]``, finite, higher is more anomalous.
+        seed (int): Of the Markov chains.
+
+    Returns:
+        Contamination: With fewer than ten scores, or without any spread: somewhere between 0 and one half.
+    """
+    centre, spread = lower_side_scale(scores)
+    if len(scores) < _FEWEST_SCORES or spread <= 0:
+        prior = np.linspace(0, _MOST, 1001)
+        return Contamination(prior, np.full(len(scores), _MOST / 2))
+    u = ((scores - centre) / spread).clip(*_LIMITS)
+    chain = _draw(np.sort(u)[_evenly(len(u))], seed)
+    probability = np.zeros(len(u))
+    for part in np.array_split(np.arange(len(u)), max(1, len(u) // _MOST_SCORES)):
+        clean, dirty = _log_densities(chain, u[None, part])
+        probability[part] = expit(dirty - clean).mean(0)
+    # A tail that falls faster than that of the odd clean images would make the farthest look cleaner: not so.
+    order = np.argsort(u, kind="stable")
+    probability[order] = np.maximum.accumulate(probability[order])
+    # The visible share says nothing about the dirty images that look like clean ones: that is the prior's.
+    hidden = np.random.default_rng(seed).uniform(0, _MOST_HIDDEN, len(chain))
+    return Contamination(np.minimum(chain[:, _SHARE] / (1 - hidden), _MOST), probability)
+
+
+# Columns of the chain.
+_CENTRE, _LOG_SPREAD, _LOG_SKEW, _DIRTY_SHIFT, _LOG_TAIL, _SHARE, _ODD_SHARE = range(7)
+
+
+def _evenly(count: int) -> np.ndarray:
+    return np.linspace(0, count - 1, min(count, _MOST_SCORES)).round().astype(int)
+
+
+def _draw(u: np.ndarray, seed: int) -> np.ndarray:
+    """Draws ``[S x 7]`` from the posterior given ``[N]`` sorted scores in spreads."""
+    import emcee
+
+    generator = np.random.default_rng(seed)
+    start = np.column_stack([
+        generator.normal(_CENTRE_PRIOR[0], 0.2, _WALKERS),
+        generator.normal(0, 0.1, _WALKERS),
+        generator.normal(_SKEW_PRIOR[0], 0.3, _WALKERS),
+        generator.exponential(_SHIFT_PRIOR, _WALKERS) + 0.05,
+        generator.normal(_TAIL_PRIOR[0], 0.4, _WALKERS),
+        generator.uniform(0.01, 0.9 * _MOST, _WALKERS),
+        generator.exponential(_ODD_PRIOR, _WALKERS).clip(1e-3, 0.1),
+    ])  # fmt: skip
+    moves = [(emcee.moves.DEMove(), 0.8), (emcee.moves.DESnookerMove(), 0.2)]
+    sampler = emcee.EnsembleSampler(_WALKERS, start.shape[1], _log_posterior, args=[u], vectorize=True, moves=moves)
+    sampler.random_state = np.random.RandomState(seed).get_state()
+    sampler.run_mcmc(start, _STEPS)
+    return sampler.get_chain(discard=_WARM_UP, thin=_THINNING, flat=True)
+
+
+def _log_posterior(chain: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """Unnormalised, ``[S]``, of draws ``[S x 7]``."""
+    allowed = (
+        (np.abs(chain[:, [_CENTRE, _LOG_SPREAD, _LOG_SKEW, _LOG_TAIL]]) < _FARTHEST).all(1)
+        & (chain[:, _DIRTY_SHIFT] > 0)
+        & (chain[:, _SHARE] > 0)
+        & (chain[:, _SHARE] < _MOST)
+        & (chain[:, _ODD_SHARE] > 0)
+        & (chain[:, _ODD_SHARE] < 0.2)
+    )
+    result = np.full(len(chain), -np.inf)
+    if allowed.any():
+        inside = chain[allowed]
+        clean, dirty = _log_densities(inside, u[None])
+        result[allowed] = np.logaddexp(clean, dirty).sum(1) + _log_prior(inside)
+    return result
+
+
+def _log_prior(chain: np.ndarray) -> np.ndarray:
+    centre, log_spread, log_skew, shift, log_tail, share, odd = chain.T
+    few, many = _SHARE_PRIOR
+    return (
+        -0.5 * ((centre - _CENTRE_PRIOR[0]) / _CENTRE_PRIOR[1]) ** 2
+        - 0.5 * (log_spread / _SPREAD_PRIOR) ** 2
+        - 0.5 * ((log_skew - _SKEW_PRIOR[0]) / _SKEW_PRIOR[1]) ** 2
+        - 0.5 * ((log_tail - _TAIL_PRIOR[0]) / _TAIL_PRIOR[1]) ** 2
+        - shift / _SHIFT_PRIOR
+        - odd / _ODD_PRIOR
+        + (few - 1) * np.log(share)
+        + (many - 1) * np.log1p(-share / _MOST)
+    )
+
+
+def _log_densities(chain: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log of share times density of clean (odd ones included) and of dirty images, ``[S x N]`` each."""
+    centre, log_spread, log_skew, shift, log_tail, share, odd = (column[:, None] for column in chain.T)
+    spread = np.exp(log_spread)
+    skew = spread * np.exp(log_skew)
+    usual = np.log1p(-odd) + _log_exponnorm(u, centre, spread, skew)
+    strange = np.log(odd) + _log_exponnorm(u, centre + 2 * spread, spread, 6 * spread)
+    dirty = _log_exponnorm(u, centre + shift * spread, spread, skew + spread * np.exp(log_tail))
+    return np.log1p(-share) + np.logaddexp(usual, strange), np.log(share) + dirty
+
+
+def _log_exponnorm(x: np.ndarray, mean: np.ndarray, deviation: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    """Log density of a normal variable plus an exponential one of mean ``tail``.
+
+    As `scipy.stats.exponnorm.logpdf`, which checks its arguments at ten times the cost.
+    """
+    ratio = deviation / tail
+    z = (x - mean) / deviation
+    return -np.log(tail) + ratio * (0.5 * ratio - z) + log_ndtr(z - ratio)
