@@ -14,16 +14,20 @@ Example:
 TYPE_CHECKING = False  # not from typing: that import alone would cost the start-up hook milliseconds
 if TYPE_CHECKING:
     from anomalib_metarefine._startup import register_all as register
+    from anomalib_metarefine.curation.curate import curate
+    from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.data.contamination import Contaminated
     from anomalib_metarefine.data.elpv import ELPV
     from anomalib_metarefine.features.offline import use_offline_weights
     from anomalib_metarefine.model.lightning_model import MetaRefine
 
 __version__ = "0.1.0"
-__all__ = ["ELPV", "Contaminated", "MetaRefine", "register", "use_offline_weights"]
+__all__ = ["ELPV", "Contaminated", "Manifest", "MetaRefine", "curate", "register", "use_offline_weights"]
 
 _HOME = {
     "Contaminated": ("anomalib_metarefine.data.contamination", "Contaminated"),
+    "Manifest": ("anomalib_metarefine.curation.manifest", "Manifest"),
+    "curate": ("anomalib_metarefine.curation.curate", "curate"),
     "ELPV": ("anomalib_metarefine.data.elpv", "ELPV"),
     "MetaRefine": ("anomalib_metarefine.model.lightning_model", "MetaRefine"),
     "register": ("anomalib_metarefine._startup", "register_all"),

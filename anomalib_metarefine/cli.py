@@ -1,46 +1,38 @@
-"""The ``metarefine`` command."""
+"""The ``metarefine`` command. Nothing heavy is imported before a subcommand runs, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anomalib_metarefine import __version__
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line; nothing heavy is imported here, so that ``--help`` is quick."""
-    parser = argparse.ArgumentParser(
-        prog="metarefine",
-        description="Anomaly detection from dirty training folders. Training, testing and export go through anomalib: "
-        "`anomalib train --model MetaRefine --data ...`.",
-    )
-    parser.add_argument("--version", action="version", version=f"anomalib-metarefine {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="train on contaminated real images: raw, refined and truly clean side by side",
-        description="Mixes real defective images into a training set, trains on everything (raw), with refinement "
-        "(refined) and on the truly clean part (clean), and reports image AUROC and what refinement found.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for table, pictures and checkpoint")
-    demo.add_argument("--cell-type", choices=["mono", "poly", "both"], default="mono", help="ELPV solar cells to use")
-    demo.add_argument("--mvtec", type=Path, metavar="DIR", help="use this category folder in MVTec layout, not ELPV")
-    demo.add_argument("--image-size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"), help="in pixels")
-    demo.add_argument("--contamination", type=float, default=0.2, help="share of dirty training images")
-    demo.add_argument("--train-images", type=int, default=300, help="size of the training set")
-    demo.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of everything for each")
-    demo.add_argument(
-        "--training",
-        nargs="+",
-        choices=["raw", "refined", "clean"],
-        default=["raw", "refined", "clean"],
-        help="what to run",
-    )
-    demo.add_argument("--rule", default="fdr", help="rejection rule: fdr, shorth or iqr")
-    return parser
+    import pandas as pd
+
+_SHOWN = 20  # rows of a table on the screen; files hold all
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        summary (str): One line for ``metarefine --help``.
+        description (str): For its own ``--help``.
+        arguments (Callable): Adds its arguments to its parser.
+        run (Callable): Does it, and answers the exit code. What it raises for bad input is shown by `main`.
+    """
+
+    summary: str
+    description: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,17 +44,257 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: Exit code; 2 for input that can't be used.
     """
-    arguments = build_parser().parse_args(argv)
+    options = build_parser().parse_args(argv)
+    try:
+        return _COMMANDS[options.command].run(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"metarefine: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="metarefine",
+        description="Anomaly detection from dirty training folders. Training, testing and export go through anomalib: "
+        "`anomalib train --model MetaRefine --data ...`.",
+    )
+    parser.add_argument("--version", action="version", version=f"anomalib-metarefine {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in _COMMANDS.items():
+        command.arguments(
+            commands.add_parser(
+                name,
+                help=command.summary,
+                description=command.description,
+                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            )
+        )
+    return parser
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("demo"), help="folder for table, pictures and checkpoint")
+    add("--cell-type", choices=["mono", "poly", "both"], default="mono", help="ELPV solar cells to use")
+    add("--mvtec", type=Path, metavar="DIR", help="use this category folder in MVTec layout, not ELPV")
+    add("--image-size", type=int, nargs=2, default=[256, 256], metavar=("H", "W"), help="in pixels")
+    add("--contamination", type=float, default=0.2, help="share of dirty training images")
+    add("--train-images", type=int, default=300, help="size of the training set")
+    add("--seeds", type=int, nargs="+", default=[0], help="one run of everything for each")
+    kinds = ["raw", "refined", "clean"]
+    add("--training", nargs="+", choices=kinds, default=kinds, help="what to run")
+    add("--rule", default="auto", help="rejection rule; docs/rules.md lists them")
+
+
+def _demo(options: argparse.Namespace) -> int:
     from anomalib_metarefine.demo import DemoSettings, run_demo
 
-    options = vars(arguments)
-    options.pop("command")
-    try:
-        run_demo(DemoSettings(**{**options, "image_size": tuple(arguments.image_size)}))
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"metarefine: {error}", file=sys.stderr)
-        return 2
+    settings = {name: value for name, value in vars(options).items() if name != "command"}
+    run_demo(DemoSettings(**{**settings, "image_size": tuple(options.image_size)}))
     return 0
+
+
+def _curate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("data", metavar="DATA", help="folder of images, CSV or Parquet with image_path, or YAML of a datamodule")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for manifest, report and the rest")
+    add("--root", type=Path, help="what paths in a table are relative to")
+    add("--extensions", nargs="+", metavar="EXT", help="file names to look for in a folder")
+    add("--backbone", default="tf_efficientnet_lite0", help="timm model for the features")
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels")
+    add("--rule", default="auto", help="rejection rule; docs/rules.md lists them")
+    add("--rounds", type=int, default=4, help="rounds of refinement at most")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--batch-size", type=int, default=32, help="images at a time in the backbone")
+    add("--decisions", type=Path, metavar="CSV", help="a person's decisions")
+    add("--no-quality", dest="quality", action="store_false", help="skip the search for duplicates, blur and the like")
+    add("--fail-above", type=float, metavar="SHARE", help="exit code 1 if a larger share of the images is rejected")
+
+
+def _curate(options: argparse.Namespace) -> int:
+    if options.fail_above is not None and not 0 <= options.fail_above <= 1:
+        msg = f"--fail-above must be a share in [0, 1], found {options.fail_above:g}."
+        raise ValueError(msg)
+    from anomalib_metarefine.curation.curate import curate
+    from anomalib_metarefine.curation.review import read_decisions, remember
+
+    names = ["root", "backbone", "rule", "rounds", "seed", "batch_size", "quality"]
+    settings = {name: getattr(options, name) for name in names}
+    settings["image_size"] = tuple(options.image_size) if options.image_size else None
+    if options.extensions:
+        settings["extensions"] = tuple(options.extensions)
+    given = read_decisions(options.decisions) if options.decisions else None  # before minutes are spent
+    decisions = [options.out] if options.out.is_dir() else []  # remembered from earlier runs
+    if given is not None:
+        decisions.append(options.decisions)
+    curation = curate(options.data, decisions=decisions, **settings)
+    if given is not None:
+        remember(options.out, curation.manifest, given)
+    curation.write(options.out)
+    print(curation.manifest.verdict)
+    print(f"{options.out.resolve()}: {', '.join(sorted(file.name for file in options.out.iterdir()))}")
+    share = curation.manifest.counts["reject"] / len(curation.manifest.table)
+    if options.fail_above is not None and share > options.fail_above:
+        print(f"metarefine: {share:.1%} rejected, more than --fail-above {options.fail_above:.1%}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _review_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
+    add("--decisions", type=Path, metavar="CSV", help="image_path or sha256, and decision: keep or reject")
+    add("--budget", type=int, metavar="K", help="ask about the K images whose labels help most, not the review queue")
+    add("--out", type=Path, metavar="CSV", help="the table to fill in; default: to_review.csv beside the manifest")
+
+
+def _review(options: argparse.Namespace) -> int:
+    from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.review import decide, propose, read_decisions, remember, template
+
+    manifest = Manifest.read(options.manifest)
+    folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
+    asks = options.out or options.budget is not None or not options.decisions
+    out = options.out or folder / "to_review.csv"
+    if asks and out.exists():
+        msg = f"{out} exists, and may hold your answers. Pass it as --decisions, or another file as --out."
+        raise ValueError(msg)
+    if options.decisions:
+        decisions = read_decisions(options.decisions)
+        manifest = decide(manifest, decisions)
+        remembered = remember(folder, manifest, decisions)
+        manifest.write(folder)
+        print(f"{len(decisions)} decisions taken over, and remembered in {remembered}.")
+        print(f"To bring the report up to date: metarefine report {options.manifest}")
+    print(manifest.verdict)
+    if not asks:
+        return 0
+    asked = propose(manifest, options.budget, _groups(folder)) if options.budget is not None else None
+    table = template(manifest, asked)
+    table.to_csv(out, index=False)
+    _show(table, ["image_path", "decision_so_far", "dirty_probability", "score", "reason"])
+    print(f"Fill in the column decision (keep or reject) of {out}, then run:")
+    print(f"  metarefine review {options.manifest} --decisions {out}")
+    return 0
+
+
+def _apply_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
+    add("--to", type=Path, required=True, metavar="DIR", help="empty or new folder, outside of the images' own")
+    add("--mode", choices=["symlink", "copy", "list"], default="symlink", help="links, copies or lists of paths")
+    add("--review", choices=["separate", "keep", "reject"], default="separate", help="where images for review go")
+    add("--root", type=Path, metavar="DIR", help="where the images lie now, if they were moved")
+
+
+def _apply(options: argparse.Namespace) -> int:
+    from anomalib_metarefine.curation.apply import apply
+    from anomalib_metarefine.curation.manifest import Manifest
+
+    manifest = Manifest.read(options.manifest, options.root)
+    applied = apply(manifest, options.to, options.mode, options.review, progress=True)
+    counts = ", ".join(f"{count} {name}" for name, count in applied.counts.items())
+    print(f"{options.to.resolve()}: {counts}. The originals are as they were.")
+    if applied.left_out:
+        print(f"Not copied, as they can't be read: {', '.join(applied.left_out)}")
+    return 0
+
+
+def _diff_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", metavar="A", type=Path, help="manifest.csv, or its folder")
+    parser.add_argument("after", metavar="B", type=Path, help="the later one")
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from anomalib_metarefine.curation.manifest import Manifest
+
+    changes = Manifest.read(options.before).diff(Manifest.read(options.after))
+    if changes.empty:
+        print("The same images, and the same decisions.")
+        return 0
+    _show(changes, list(changes.columns), limit=len(changes))
+    return 1
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from anomalib_metarefine.curation.evidence import Evidence
+    from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.report import write_report
+
+    folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
+    manifest = Manifest.read(options.manifest)
+    print(write_report(manifest, Evidence.load(folder / "evidence.npz"), folder / "report.html"))
+    return 0
+
+
+def _groups(folder: Path) -> dict[str, int] | None:
+    """Look-alikes among the images that the curation kept evidence of."""
+    if not (folder / "evidence.npz").is_file():
+        return None
+    from anomalib_metarefine.curation.evidence import Evidence
+
+    evidence = Evidence.load(folder / "evidence.npz")
+    return dict(zip(evidence.paths, evidence.groups, strict=True))
+
+
+def _show(table: pd.DataFrame, columns: list[str], limit: int = _SHOWN) -> None:
+    """The first rows on the screen."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(*(column.replace("_", " ") for column in columns))
+    for row in table[columns].head(limit).itertuples(index=False):
+        # Text: in a file name, square brackets are no markup.
+        shown.add_row(*(Text(f"{cell:.2f}" if isinstance(cell, float) else str(cell), overflow="fold") for cell in row))
+    Console().print(shown)
+    if len(table) > limit:
+        print(f"... and {len(table) - limit} more")
+
+
+_COMMANDS = {
+    "demo": Command(
+        "train on contaminated real images: raw, refined and truly clean side by side",
+        "Mixes real defective images into a training set, trains on everything (raw), with refinement (refined) and on "
+        "the truly clean part (clean), and reports image AUROC and what refinement found.",
+        _demo_arguments,
+        _demo,
+    ),
+    "curate": Command(
+        "find the dirty images of a training set",
+        "Decides about every image: keep, reject or review. Writes manifest.csv, run.json, evidence.npz, report.html.",
+        _curate_arguments,
+        _curate,
+    ),
+    "review": Command(
+        "take over a person's decisions, or ask for them",
+        "With --decisions: overrides the manifest, and remembers by content for the next run into the same folder. "
+        "Without: shows the review queue, most uncertain first, and writes a table to fill in.",
+        _review_arguments,
+        _review,
+    ),
+    "apply": Command(
+        "sort the images into keep, reject and review",
+        "Makes folders of links or copies, or lists of paths. The originals are never touched. Called again after an "
+        "interruption, it goes on.",
+        _apply_arguments,
+        _apply,
+    ),
+    "diff": Command(
+        "compare two manifests",
+        "Images with another decision, added or removed. Exit code 0 if there are none, else 1.",
+        _diff_arguments,
+        _diff,
+    ),
+    "report": Command(
+        "write report.html anew", "For a manifest that a person's decisions changed.", _report_arguments, _report
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -158,7 +158,7 @@ def _histogram(refinement: Refinement, dirty: np.ndarray, path: Path) -> None:
     axes.hist([clipped[~dirty], clipped[dirty]], bins, stacked=True, color=[_KEPT, _DIRTY], label=["good", "defective"])
     if np.isfinite(fence):
         axes.axvline(fence, color=_FENCE, linestyle="--", label=f"fence, round {len(refinement.rounds)}")
-    axes.set(xlabel="image score (bits per dimension)", ylabel="training images")
+    axes.set(xlabel="curation score (robust standard deviations)", ylabel="training images")
     axes.set_title(f"{len(refinement.rejected)} of {len(scores)} training images rejected")
     axes.legend()
     figure.savefig(path, dpi=120)

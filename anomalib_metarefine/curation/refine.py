@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from anomalib_metarefine.curation.rules import Rule
 
@@ -38,10 +38,11 @@ class Refinement:
     Attributes:
         paths (list[str]): The training images.
         kept (list[bool]): Whether the final density was fitted on the image.
-        scores (list[float]): Final scores, bits per dimension.
+        scores (list[float]): Final scores, in robust standard deviations of the kept images.
         rounds (list[Round]): One entry a round.
         stop_reason (str): ``"converged"``, ``"cycle"``, ``"rounds"`` or ``"off"``.
         left_out (dict[str, str]): Images that were never scored, with the reason.
+        parts (dict[str, list[float]]): What the final scores are made of.
     """
 
     paths: list[str]
@@ -50,6 +51,7 @@ class Refinement:
     rounds: list[Round] = field(default_factory=list)
     stop_reason: str = "off"
     left_out: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def rejected(self) -> list[str]:
@@ -79,6 +81,7 @@ def refine(
     rule: Rule,
     max_rounds: int,
     on_round: Callable[[int, Round], None] | None = None,
+    known: Mapping[int, bool] | None = None,
 ) -> Refinement:
     """Reject images round after round.
 
@@ -91,12 +94,14 @@ def refine(
         rule (Rule): Sets the fence.
         max_rounds (int): Rounds at most; 0 scores the images and rejects none.
         on_round (Callable[[int, Round], None] | None): Called after each round, with its number from 1.
+        known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject: neither fence
+            nor the limit of one half moves them.
 
     Returns:
         Refinement: Decisions, scores and the history. The last call of ``score`` was with the final kept set.
     """
     count = len(paths)
-    kept = np.ones(count, dtype=bool)
+    kept = _with_known(np.ones(count, dtype=bool), known)
     scores = score(kept)
     seen = {kept.tobytes()}
     rounds: list[Round] = []
@@ -109,6 +114,7 @@ def refine(
             fence = float(np.sort(scores)[fewest - 1])
             candidate = np.zeros(count, dtype=bool)
             candidate[np.argsort(scores, kind="stable")[:fewest]] = True
+        candidate = _with_known(candidate, known)
         rounds.append(Round(fence, scores.tolist(), int(count - candidate.sum())))
         if on_round:
             on_round(number, rounds[-1])
@@ -122,3 +128,9 @@ def refine(
             break
         seen.add(kept.tobytes())
     return Refinement(list(paths), kept.tolist(), scores.tolist(), rounds, stop_reason)
+
+
+def _with_known(kept: np.ndarray, known: Mapping[int, bool] | None) -> np.ndarray:
+    for image, keep in (known or {}).items():
+        kept[image] = keep
+    return kept if kept.any() else ~kept

@@ -1,4 +1,4 @@
-"""From the feature store to a density of clean patches: whitening, meta-training, refinement.
+"""From the feature store to a density of clean patches and a decision about every image: the stages in order.
 
 This is where the stages meet. Each of them is a function or a small class of its own module; here they are put in
 order and told which images to look at. Memory stays bounded: images are whitened chunk by chunk, and gradient steps
@@ -16,13 +16,15 @@ from torch.func import functional_call
 
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
 from anomalib_metarefine.curation.rules import get_rule
+from anomalib_metarefine.curation.scores import hybrid
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
 from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
+from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch, draw_episode
 from anomalib_metarefine.meta.maml import Parameters, adapt, meta_gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from rich.progress import Progress
 
@@ -30,27 +32,33 @@ if TYPE_CHECKING:
 
 _CHUNK = 64  # images whitened at a time
 _POOL = 384  # images that gradient steps draw from
+_NEIGHBOUR_TAIL = 0.02  # share of the patches; between what ELPV (0.03) and `screw` (0.01) like best
 _WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Settings of meta-training and refinement; `MetaRefine` documents each."""
+    """Settings of meta-training and refinement; `MetaRefine` documents each, and has the same defaults."""
 
-    shrinkage: float
-    tail: float
-    trim: float
-    meta_steps: int
-    episodes: int
-    support_images: int
-    inner_steps: int
-    inner_lr: float
-    meta_lr: float
-    first_order: bool
-    adaptation_steps: int
-    batch_patches: int
-    rule: str
-    rounds: int
+    dimensions: int = 128
+    blocks: int = 4
+    hidden: int = 64
+    shrinkage: float = 0.2
+    tail: float = 0.03
+    trim: float = 0.1
+    meta_steps: int = 10
+    episodes: int = 2
+    support_images: int = 16
+    inner_steps: int = 2
+    inner_lr: float = 0.1
+    meta_lr: float = 5e-4
+    first_order: bool = False
+    adaptation_steps: int = 10
+    batch_patches: int = 1024
+    likelihood_weight: float = 0.0
+    neighbour_weight: float = 1.0
+    rule: str = "auto"
+    rounds: int = 4
 
 
 class Density(NamedTuple):
@@ -87,22 +95,33 @@ class DensityFitter:
         self.store, self.flow, self.settings = store, flow, settings
         self.generator, self.progress, self.log = generator, progress, log
         self.positions = position_code(*grid)
+        self.grid = grid
         # Sorted by path, so that results of several runs list the images alike, however the dataloader shuffled.
         self.order = np.argsort(store.paths, kind="stable")
         self.whitening = Whitening.fit(store.sample_patches(_WHITENING_PATCHES, generator), flow.dimensions)
 
-    def fit(self) -> tuple[Density, Refinement]:
+    def fit(self, known: Mapping[int, bool] | None = None) -> tuple[Density, Refinement]:
         """Meta-train, then refine.
+
+        Args:
+            known (Mapping[int, bool] | None): Images, by their place in the sorted list, that a person has decided on.
 
         Returns:
             tuple[Density, Refinement]: The density fitted on the kept images, and what was decided about each image.
         """
         initial = self.meta_train()
+        weights = self._weights()
+        self.neighbours = self._find_neighbours() if "neighbours" in weights else None
         task = self.progress.add_task("refinement", total=self.settings.rounds + 1)
 
         def score(kept: np.ndarray) -> np.ndarray:
-            self.density = self.fit_kept(kept, initial)
-            return self.score(kept, self.density)
+            self.kept = kept
+            if "likelihood" in weights:
+                self.density = self.fit_kept(kept, initial)
+            ways = {"likelihood": self.likelihood_scores, "neighbours": self.neighbour_scores}
+            self.parts = {name: ways[name]() for name in weights}
+            scores, self.units = hybrid(self.parts, weights, kept)
+            return scores
 
         def report(number: int, outcome: Round) -> None:
             share = outcome.rejected / len(outcome.scores)
@@ -115,8 +134,12 @@ class DensityFitter:
             self.log({f"refine/{key}": value for key, value in figures.items()}, number)
 
         paths = [self.store.paths[i] for i in self.order]
-        refinement = refine(score, paths, get_rule(self.settings.rule), self.settings.rounds, report)
+        refinement = refine(score, paths, get_rule(self.settings.rule), self.settings.rounds, report, known)
+        if "likelihood" not in weights:
+            self.density = self.fit_kept(self.kept, initial)
+            self.parts["likelihood"] = self.likelihood_scores()
         refinement.left_out = dict(self.store.left_out)
+        refinement.parts = {name: values.tolist() for name, values in self.parts.items()}
         self.progress.update(task, completed=self.settings.rounds + 1)
         return self.density, refinement
 
@@ -153,10 +176,20 @@ class DensityFitter:
             self.log({"meta/query_bits_per_dim": query}, step)
         return {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
+    def _find_neighbours(self) -> NearestImages:
+        task = self.progress.add_task("comparing images", total=len(self.store))
+        return NearestImages(
+            self.store,
+            self.order,
+            self.grid,
+            self.generator,
+            on_images=lambda count: self.progress.update(task, advance=count),
+        )
+
     def fit_gaussian(self, kept: np.ndarray) -> PositionalGaussian:
         """Positional whitening of the kept images (``[N]`` mask)."""
         return PositionalGaussian.fit(
-            (chunk for _, chunk in self._whitened(np.flatnonzero(kept))), self.settings.shrinkage
+            (chunk for _, chunk in self.whitened(np.flatnonzero(kept))), self.settings.shrinkage
         )
 
     def fit_kept(self, kept: np.ndarray, initial: Parameters) -> Density:
@@ -171,26 +204,45 @@ class DensityFitter:
         )
         return Density(self.whitening, gaussian, adapt(self._loss, initial, batches, settings.inner_lr))
 
-    @torch.no_grad()
-    def score(self, kept: np.ndarray, density: Density) -> np.ndarray:
-        """Scores of all images, those the density was fitted on as if they had been left out of its whitening.
+    def _weights(self) -> dict[str, float]:
+        """Weights of the parts of the score that refinement rejects by."""
+        if self.settings.rounds == 0:  # nothing is rejected, so there is nothing to compare images with each other for
+            return {"likelihood": 1.0}
+        weights = {"likelihood": self.settings.likelihood_weight, "neighbours": self.settings.neighbour_weight}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
-        Args:
-            kept (np.ndarray): ``[N]`` mask of the images the density was fitted on.
-            density (Density): The density.
+    def likelihood_scores(self) -> np.ndarray:
+        """Bits per dimension of the least likely patches under the density of the kept images, ``[N]``."""
+        return image_score(self.anomaly_maps(), self.settings.tail).double().numpy()
+
+    def neighbour_scores(self) -> np.ndarray:
+        """Mean distance of the most distant patches to their like in support sets of kept images, ``[N]``."""
+        return image_score(self.neighbours.episodic(self.kept)[0], _NEIGHBOUR_TAIL).double().numpy()
+
+    def uncertainty(self) -> np.ndarray:
+        """Standard deviation of the final scores over support sets, ``[N]``; zero where images were not compared."""
+        if self.neighbours is None:
+            return np.zeros(len(self.kept))
+        mean, deviation = self.neighbours.episodic(self.kept)
+        highest = mean.topk(max(1, round(_NEIGHBOUR_TAIL * mean.shape[1])), dim=1).indices
+        return deviation.gather(1, highest).mean(1).double().numpy() * self.units["neighbours"]
+
+    @torch.no_grad()
+    def anomaly_maps(self) -> torch.Tensor:
+        """Patch scores of all images; those the density was fitted on as if left out of its whitening.
 
         Returns:
-            np.ndarray: ``[N]``, bits per dimension.
+            torch.Tensor: ``[N x P]``, bits per dimension.
         """
-        scores = np.empty(len(kept))
-        for rows, chunk in self._whitened(np.arange(len(kept))):
+        kept, density = self.kept, self.density
+        maps = torch.empty(len(kept), len(self.positions))
+        for rows, chunk in self.whitened(np.arange(len(kept))):
             z, log_det = self._held_out(chunk, density.gaussian, torch.from_numpy(kept[rows]))
             output, flow_log_det = functional_call(
                 self.flow, density.parameters, (z.flatten(0, 1), self.positions.repeat(len(rows), 1))
             )
-            bits = bits_per_dimension(output, flow_log_det + log_det.flatten()).view(len(rows), -1)
-            scores[rows] = image_score(bits, self.settings.tail).numpy()
-        return scores
+            maps[rows] = bits_per_dimension(output, flow_log_det + log_det.flatten()).view(len(rows), -1)
+        return maps
 
     def _loss(self, parameters: Parameters, batch: PatchBatch) -> torch.Tensor:
         """Trimmed mean of the patch scores: the least likely patches of a dirty set must not be learned."""
@@ -199,7 +251,7 @@ class DensityFitter:
         trusted = max(1, round((1 - self.settings.trim) * len(bits)))
         return bits.topk(trusted, largest=False, sorted=False).values.mean()
 
-    def _whitened(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    def whitened(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Chunks of image numbers and their globally whitened patches ``[n x P x D]``."""
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
@@ -211,7 +263,7 @@ class DensityFitter:
         if len(rows) > _POOL:
             picks = torch.randperm(len(rows), generator=self.generator)[:_POOL].sort().values.numpy()
             rows = rows[picks]
-        return torch.cat([gaussian.leave_one_out(gaussian(chunk))[0] for _, chunk in self._whitened(rows)])
+        return torch.cat([gaussian.leave_one_out(gaussian(chunk))[0] for _, chunk in self.whitened(rows)])
 
     @staticmethod
     def _held_out(

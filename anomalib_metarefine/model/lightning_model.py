@@ -31,7 +31,7 @@ from anomalib_metarefine.curation.rules import get_rule
 from anomalib_metarefine.features.backbone import normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.readable import unreadable_images
-from anomalib_metarefine.features.resize import ExactPreProcessor
+from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.model.fitting import DensityFitter, FitSettings
 from anomalib_metarefine.model.torch_model import MetaRefineModel
@@ -70,7 +70,11 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         first_order (bool): FOMAML instead of MAML.
         adaptation_steps (int): Gradient steps from the meta-learned initialisation in every round.
         batch_patches (int): Patches per gradient step.
-        rule (str): ``"fdr"``, ``"shorth"`` or ``"iqr"`` (the paper's; it fails past 25 % contamination).
+        likelihood_weight (float): Weight of the likelihood in the score that refinement rejects by. Above 0, every
+            round fits the density anew, from the meta-learned initialisation, as in the paper.
+        neighbour_weight (float): Weight of the distance to the nearest other images in that score.
+        rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
+            contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
         rounds (int): Rounds of refinement at most; 0 trains on everything.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
@@ -111,7 +115,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         first_order: bool = False,
         adaptation_steps: int = 10,
         batch_patches: int = 1024,
-        rule: str = "fdr",
+        likelihood_weight: float = 0.0,
+        neighbour_weight: float = 1.0,
+        rule: str = "auto",
         rounds: int = 4,
         memory_limit_mb: float = 2048,
         pre_processor: nn.Module | bool = True,
@@ -122,6 +128,14 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         _check("shrinkage", shrinkage, 0 <= shrinkage <= 1, "a number in [0, 1]")
         _check("tail", tail, 0 < tail <= 1, "a number in (0, 1]")
         _check("trim", trim, 0 <= trim < 1, "a number in [0, 1)")
+        for name, value in [("likelihood_weight", likelihood_weight), ("neighbour_weight", neighbour_weight)]:
+            _check(name, value, value >= 0, "a number of at least 0")
+        _check(
+            "neighbour_weight",
+            neighbour_weight,
+            likelihood_weight + neighbour_weight > 0,
+            "above 0 if likelihood_weight is 0",
+        )
         for name, value, least in [
             ("dimensions", dimensions, 2), ("blocks", blocks, 1), ("hidden", hidden, 1), ("meta_steps", meta_steps, 0),
             ("episodes", episodes, 1), ("support_images", support_images, 1), ("inner_steps", inner_steps, 1),
@@ -136,6 +150,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         )
         self.model: MetaRefineModel = MetaRefineModel(backbone, layers, pre_trained, dimensions, blocks, hidden, tail)
         self.settings = FitSettings(
+            dimensions=dimensions,
+            blocks=blocks,
+            hidden=hidden,
             shrinkage=shrinkage,
             tail=tail,
             trim=trim,
@@ -148,6 +165,8 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             first_order=first_order,
             adaptation_steps=adaptation_steps,
             batch_patches=batch_patches,
+            likelihood_weight=likelihood_weight,
+            neighbour_weight=neighbour_weight,
             rule=rule,
             rounds=rounds,
         )
@@ -326,8 +345,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         rows, columns = batch.image.shape[-2:]
         change = (width / height) / (columns / rows)
         if max(change, 1 / change) > _SQUASH_WARNING:
-            scale = (rows * columns / (width * height)) ** 0.5
-            suggestion = tuple(max(32, round(side * scale / 32) * 32) for side in (height, width))
+            suggestion = suggested_size(height, width, rows * columns)
             logger.warning(
                 "Images of %d x %d pixels (height x width) are squashed to %d x %d, which hides thin defects. "
                 "Set image_size to their shape, e.g. %s or a multiple.", height, width, rows, columns, suggestion,

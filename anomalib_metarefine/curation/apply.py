@@ -1,0 +1,129 @@
+"""Carry out a manifest: a folder of kept and one of rejected images. The originals are never touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from anomalib_metarefine.curation.manifest import data_sha256, write_text
+from anomalib_metarefine.curation.sources import absolute, some
+
+if TYPE_CHECKING:
+    from anomalib_metarefine.curation.manifest import Manifest
+
+Mode = Literal["symlink", "copy", "list"]
+Review = Literal["separate", "keep", "reject"]
+
+_UNFINISHED = ".metarefine-unfinished.json"
+
+
+class Applied(NamedTuple):
+    """What was written.
+
+    Attributes:
+        counts (dict[str, int]): Images in each folder or list.
+        left_out (list[str]): ``image_path`` of rejected images that can't be read, and so not copied.
+    """
+
+    counts: dict[str, int]
+    left_out: list[str]
+
+
+def apply(
+    manifest: Manifest, to: str | Path, mode: Mode = "symlink", review: Review = "separate", progress: bool = False
+) -> Applied:
+    """Sort the images into ``keep``, ``reject`` and ``review``.
+
+    ``symlink`` and ``copy`` make folders of these names in ``to``, with the images under their paths relative to the
+    root; links are absolute. ``list`` writes ``keep.txt``, ``reject.txt`` and ``review.txt``, one absolute path a line.
+
+    Until all is done, a hidden file in ``to`` says what is being written. Called again with the same arguments after an
+    interruption, it goes on; every file that is there is complete.
+
+    Args:
+        manifest (Manifest): What was decided.
+        to (str | Path): A folder that is empty or does not exist, outside of the root.
+        mode (Mode): What to write.
+        review (Review): Where images for review go: into their own folder, or with the kept or the rejected ones.
+        progress (bool): Whether to show a progress bar.
+
+    Returns:
+        Applied: Images by folder, and what was left out.
+
+    Raises:
+        ValueError: If ``to`` can't be used, or if images have changed since the manifest was written.
+    """
+    if mode not in ("symlink", "copy", "list") or review not in ("separate", "keep", "reject"):
+        msg = "mode must be 'symlink', 'copy' or 'list' and review 'separate', 'keep' or 'reject'; "
+        raise ValueError(msg + f"found {mode!r} and {review!r}.")
+    to = absolute(to)
+    plan = _plan(manifest, mode, review)
+    _check_target(manifest, to, plan)
+    manifest.require_unchanged()
+    folders = {"keep": "keep", "reject": "reject", "review": "review" if review == "separate" else review}
+    table = manifest.table.assign(folder=manifest.table.decision.map(folders))
+    left_out = table.image_path[(table.sha256 == "") & (mode == "copy")].tolist()
+    table = table[~table.image_path.isin(left_out)]
+    broken = [repr(path) for path in table.image_path if mode == "list" and len(path.splitlines()) > 1]
+    if broken:
+        msg = f"{len(broken)} file names have line breaks, which a list can't hold: {some(broken)}. Use another mode."
+        raise ValueError(msg)
+    names = list(dict.fromkeys(folders.values()))
+    to.mkdir(parents=True, exist_ok=True)
+    write_text(to / _UNFINISHED, plan)
+    if mode == "list":
+        for name in names:
+            images = manifest.paths(table[table.folder == name])
+            write_text(to / f"{name}.txt", "".join(f"{image}\n" for image in images))
+    else:
+        for name in names:
+            (to / name).mkdir(exist_ok=True)
+        pairs = [(manifest.root / p, to / f / p) for p, f in zip(table.image_path, table.folder, strict=True)]
+        _place(pairs, mode, progress)
+    (to / _UNFINISHED).unlink()
+    return Applied({name: int((table.folder == name).sum()) for name in names}, left_out)
+
+
+def _plan(manifest: Manifest, mode: Mode, review: Review) -> str:
+    """Text that is the same for the same manifest and arguments."""
+    decided = data_sha256(manifest.table.image_path, manifest.table.sha256 + " " + manifest.table.decision)
+    return json.dumps({"root": str(manifest.root), "decided": decided, "mode": mode, "review": review})
+
+
+def _check_target(manifest: Manifest, to: Path, plan: str) -> None:
+    if to.exists() and not to.is_dir():
+        msg = f"{to} is a file. Expected a folder that is empty or does not exist."
+        raise ValueError(msg)
+    if to.is_dir() and any(to.iterdir()):
+        marker = to / _UNFINISHED
+        if not marker.is_file():
+            msg = f"{to} is not empty. Expected a folder that is empty or does not exist."
+            raise ValueError(msg)
+        if marker.read_text(encoding="utf-8") != plan:
+            msg = f"{to} holds the unfinished work of another manifest, mode or review. Delete it or choose another."
+            raise ValueError(msg)
+    # Links followed: a folder inside the root would be curated next time, whatever it is called.
+    real, root = to.resolve(), manifest.root.resolve()
+    scattered = root == Path(root.anchor)  # images from all over the file system: everything lies inside
+    if root.is_relative_to(real) or (real.is_relative_to(root) and not scattered):
+        relation = "contains" if root.is_relative_to(real) else "lies inside"
+        msg = f"{to} {relation} the folder of the images, {manifest.root}. Pass a folder outside of it."
+        raise ValueError(msg)
+
+
+def _place(pairs: list[tuple[Path, Path]], mode: Mode, progress: bool) -> None:
+    from rich.progress import track
+
+    for source, target in track(pairs, description=f"{mode} images", disable=not progress):
+        if os.path.lexists(target):  # from before an interruption
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if mode == "symlink":
+            target.symlink_to(source)
+        else:
+            beside = target.with_name(f".{target.name}.part")
+            shutil.copy2(source, beside)
+            beside.replace(target)

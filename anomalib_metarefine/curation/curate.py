@@ -1,0 +1,336 @@
+"""Curation of a training set: which images are dirty, and why; for any anomalib model.
+
+One pass of the backbone, meta-training and refinement as in `MetaRefine` itself, an estimate of the contamination, and
+a decision about every image. Nothing of the user's is changed.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from anomalib_metarefine import __version__
+from anomalib_metarefine.curation.contamination import Contamination, estimate_contamination
+from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
+from anomalib_metarefine.curation.manifest import Manifest, data_sha256
+from anomalib_metarefine.curation.quality import ImageFacts, inspect_images
+from anomalib_metarefine.curation.report import write_report
+from anomalib_metarefine.curation.review import load_remembered, read_decisions
+from anomalib_metarefine.curation.rules import get_rule
+from anomalib_metarefine.curation.sources import EXTENSIONS, Source, read_source, some
+from anomalib_metarefine.density.flow import PatchFlow
+from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
+from anomalib_metarefine.features.collect import collect_features
+from anomalib_metarefine.features.resize import suggested_size
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings
+
+if TYPE_CHECKING:
+    from anomalib.data import AnomalibDataModule
+
+    from anomalib_metarefine.curation.refine import Refinement
+
+_LEVEL = 0.9  # of the interval of the contamination
+_MOST_DOUBT = 0.35  # expected wrong decisions per expected dirty image, past which there is no visible split
+_REVIEW_PROBABILITY = 0.3  # kept images from which on a person should look
+_MOST_REVIEW = 0.1  # share of the images that a person is asked to look at
+_SHOWN = 500  # images with evidence at most
+
+
+Decisions: TypeAlias = "str | Path | dict[str, str]"
+
+
+class Curation(NamedTuple):
+    """What curation found.
+
+    Attributes:
+        manifest (Manifest): One row per image, and what was run.
+        evidence (Evidence): Maps, neighbours and groups of the images that are rejected or to be reviewed.
+    """
+
+    manifest: Manifest
+    evidence: Evidence
+
+    def write(self, folder: str | Path) -> Path:
+        """Write ``manifest.csv``, ``run.json``, ``evidence.npz`` and ``report.html``.
+
+        Args:
+            folder (str | Path): Made if it does not exist.
+
+        Returns:
+            Path: The report.
+        """
+        folder = Path(folder)
+        self.manifest.write(folder)
+        self.evidence.save(folder / "evidence.npz")
+        return write_report(self.manifest, self.evidence, folder / "report.html")
+
+
+def curate(
+    data: str | Path | AnomalibDataModule | Iterable[str | Path],
+    *,
+    root: str | Path | None = None,
+    extensions: Sequence[str] = EXTENSIONS,
+    backbone: str = OFFLINE_BACKBONE,
+    layers: Sequence[str] | None = None,
+    image_size: tuple[int, int] | None = None,
+    rule: str = "auto",
+    rounds: int = 4,
+    seed: int = 0,
+    batch_size: int = 32,
+    decisions: Decisions | Sequence[Decisions] | None = None,
+    quality: bool = True,
+    memory_limit_mb: float = 2048,
+    settings: FitSettings | None = None,
+    progress: bool = True,
+) -> Curation:
+    """Decide about every training image: keep it, reject it, or have a person look.
+
+    Args:
+        data (str | Path | AnomalibDataModule | Iterable[str | Path]): A folder, a CSV or Parquet of paths, an anomalib
+            datamodule or the YAML of one, or paths; see `read_source`.
+        root (str | Path | None): What paths in a table are relative to.
+        extensions (Sequence[str]): File names to look for in a folder.
+        backbone (str): Any timm architecture.
+        layers (Sequence[str] | None): Modules of the backbone to read; ``None`` takes strides 8 and 16.
+        image_size (tuple[int, int] | None): Height and width in pixels; ``None`` takes the shape of the images, at the
+            area of 256 x 256 pixels.
+        rule (str): Rejection rule; ``docs/rules.md`` lists them.
+        rounds (int): Rounds of refinement at most.
+        seed (int): Of everything random.
+        batch_size (int): Images at a time in the backbone.
+        decisions (Decisions | Sequence[Decisions] | None): What a person decided: a CSV file, an output folder of an
+            earlier run, or keep and reject by the SHA-256 of the image; of several, the last one wins. Decisions hold
+            against the rule, and guide the refinement.
+        quality (bool): Look for duplicates, blur and bad exposure too.
+        memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
+        settings (FitSettings | None): Everything else; ``None`` takes what `MetaRefine` does by default. Its rule and
+            rounds are replaced by those above.
+        progress (bool): Show progress bars.
+
+    Returns:
+        Curation: Manifest and evidence.
+
+    Raises:
+        ValueError: If no image can be read, or a setting can't be used.
+        FileNotFoundError: If there are no such data.
+
+    Example:
+        >>> curation = curate("line7/good")  # doctest: +SKIP
+        >>> curation.write("line7-curation")  # doctest: +SKIP
+        >>> Engine().train(Padim(), datamodule=curation.manifest.datamodule(test=my_datamodule))  # doctest: +SKIP
+    """
+    get_rule(rule)
+    source = read_source(data, root, extensions)
+    chosen = FitSettings(**{**vars(settings or FitSettings()), "rule": rule, "rounds": rounds})
+    seconds: dict[str, float] = {}
+    with _progress(progress) as bars:
+        facts = _inspect(source, quality, bars, seconds)
+        readable = [i for i, fact in enumerate(facts) if fact.unreadable is None]
+        if not readable:
+            msg = f"None of the {len(facts)} images can be read. The first is {facts[0].path} ({facts[0].unreadable})."
+            raise ValueError(msg)
+        known = _known(decisions, dict(zip(source.names, facts, strict=True)))
+        image_size = image_size or _median_size([facts[i] for i in readable])
+        generator = torch.Generator().manual_seed(seed)
+        begin = time.perf_counter()
+        task = bars.add_task("features", total=len(readable))
+        store, grid = collect_features(
+            [source.paths[i] for i in readable],
+            Backbone(backbone, layers),
+            backbone,
+            image_size,
+            batch_size,
+            memory_limit_mb,
+            lambda count: bars.update(task, advance=count),
+        )
+        seconds["features"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            flow = PatchFlow(min(chosen.dimensions, store.shape[1]), chosen.blocks, chosen.hidden)
+        fitter = DensityFitter(store, flow, grid, chosen, generator, bars, lambda _figures, _step: None)
+        row_of = {str(source.paths[i]): i for i in readable}
+        rows = [row_of[store.paths[i]] for i in fitter.order]
+        decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
+        _, refinement = fitter.fit({place: decision == "keep" for place, decision in decided.items()})
+        posterior = estimate_contamination(np.array(refinement.scores), seed)
+        seconds["refinement"] = time.perf_counter() - begin
+        begin = time.perf_counter()
+        table = _decide(fitter, refinement, posterior, decided)
+        names = source.names
+        table.insert(0, "image_path", [names[row] for row in rows])
+        evidence = _evidence(fitter, table)
+        seconds["evidence"] = time.perf_counter() - begin
+    left_out = {row: fact.unreadable or "" for row, fact in enumerate(facts) if fact.unreadable is not None}
+    left_out |= {row_of[path]: reason for path, reason in store.left_out.items()}
+    table = pd.concat([table, _unreadable([names[row] for row in left_out], list(left_out.values()))])
+    by_name = dict(zip(names, facts, strict=True))
+    table["sha256"] = [by_name[name].sha256 for name in table.image_path]
+    table["quality"] = ["; ".join(by_name[name].findings) for name in table.image_path]
+    run = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "root": str(source.root),
+        "source": str(data) if isinstance(data, str | Path) else source.name,
+        "versions": _versions(),
+        "seed": seed,
+        "settings": {"backbone": backbone, "image_size": list(image_size), "quality": quality, **vars(chosen)},
+        "data": {"images": len(facts), "sha256": data_sha256(names, [fact.sha256 for fact in facts])},
+        "contamination": _contamination(posterior),
+        "rounds": [
+            {"number": number, "fence": r.fence if np.isfinite(r.fence) else None, "rejected": r.rejected}
+            for number, r in enumerate(refinement.rounds, 1)
+        ],
+        "stop_reason": refinement.stop_reason,
+        "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+    }
+    return Curation(Manifest(table, run), evidence)
+
+
+def _known(decisions: Decisions | Sequence[Decisions] | None, facts: dict[str, ImageFacts]) -> dict[str, str]:
+    """Keep or reject by SHA-256."""
+    if decisions is None:
+        return {}
+    if isinstance(decisions, dict):
+        return decisions
+    if not isinstance(decisions, str | Path):
+        return {sha256: answer for part in decisions for sha256, answer in _known(part, facts).items()}
+    if Path(decisions).is_dir():
+        return load_remembered(decisions)
+    table = read_decisions(decisions)
+    nameless = (table.sha256 == "") & ~table.image_path.isin(list(facts))
+    if nameless.any():
+        msg = f"{decisions} has decisions on images that are not here: {some(table.image_path[nameless].tolist())}. "
+        raise ValueError(msg + "Paths must be relative to the root; the sha256 of an image always finds it.")
+    hashes = [row.sha256 or facts[row.image_path].sha256 for row in table.itertuples()]
+    return dict(zip(hashes, table.decision, strict=True))
+
+
+def _inspect(source: Source, quality: bool, bars: Progress, seconds: dict[str, float]) -> list[ImageFacts]:
+    begin = time.perf_counter()
+    task = bars.add_task("reading images", total=len(source.paths))
+    facts = inspect_images(source.paths, source.names, lambda: bars.update(task, advance=1))
+    seconds["reading"] = time.perf_counter() - begin
+    if quality:
+        return facts
+    return [ImageFacts(fact.path, fact.sha256, fact.unreadable, fact.width, fact.height) for fact in facts]
+
+
+def _median_size(facts: list[ImageFacts]) -> tuple[int, int]:
+    """A size of the shape of most images."""
+    ratio = float(np.median([fact.height / fact.width for fact in facts]))
+    return suggested_size(ratio, 1.0)
+
+
+def _decide(
+    fitter: DensityFitter, refinement: Refinement, posterior: Contamination, decided: dict[int, str]
+) -> pd.DataFrame:
+    """One row per scored image, in the fitter's order, without its names."""
+    count = len(refinement.paths)
+    probability = posterior.dirty_probability.copy()
+    uncertainty = fitter.uncertainty()
+    distance = np.full(count, np.nan)
+    if refinement.rounds and np.isfinite(refinement.rounds[-1].fence):
+        distance = np.array(refinement.rounds[-1].scores) - refinement.rounds[-1].fence
+    kept = np.array(refinement.kept)
+    decision = np.where(kept, "keep", "reject").astype(object)
+    near = np.nan_to_num(distance, nan=-np.inf) > -uncertainty
+    doubtful = kept & ((probability >= _REVIEW_PROBABILITY) | near)
+    doubtful[list(decided)] = False
+    candidates = np.flatnonzero(doubtful)
+    most = max(1, round(_MOST_REVIEW * count))
+    by_doubt = candidates[np.argsort(-probability[candidates], kind="stable")]
+    decision[by_doubt[:most]] = "review"
+    by = np.full(count, "rule", dtype=object)
+    for place, answer in decided.items():
+        decision[place], by[place], probability[place] = answer, "user", float(answer == "reject")
+    since = _rejected_since(refinement)
+    scores = np.array(refinement.scores)
+    table = pd.DataFrame({
+        "decision": decision,
+        "decided_by": by,
+        "round": np.where(decision == "reject", since, 0),
+        "reason": "",
+        "score": scores,
+        "fence_distance": distance,
+        "dirty_probability": probability,
+        "uncertainty": uncertainty,
+        **{f"score_{name}": values for name, values in refinement.parts.items()},
+        **{f"score_round_{number}": r.scores for number, r in enumerate(refinement.rounds, 1)},
+    })  # fmt: skip
+    table["reason"] = [_reason(row) for row in table.itertuples()]
+    return table
+
+
+def _rejected_since(refinement: Refinement) -> np.ndarray:
+    """Round from which on each image lay outside the fence; 0 for those inside at the end."""
+    since = np.zeros(len(refinement.paths), dtype=int)
+    for number, r in enumerate(refinement.rounds, 1):
+        outside = np.array(r.scores) > r.fence
+        since = np.where(outside, np.where(since > 0, since, number), 0)
+    return since
+
+
+def _reason(row: object) -> str:
+    likely = f"{row.dirty_probability:.0%} likely dirty"
+    if row.decided_by == "user":
+        return f"A person said {row.decision}."
+    if row.decision == "reject":
+        return f"Score {row.fence_distance:.1f} past the fence since round {row.round}; {likely}."
+    if row.decision == "review":
+        return f"Inside the fence, but {likely}: have a look."
+    return f"A usual score; {likely}."
+
+
+def _unreadable(names: list[str], reasons: list[str]) -> pd.DataFrame:
+    return pd.DataFrame({
+        "image_path": names,
+        "decision": "reject",
+        "decided_by": "unreadable",
+        "round": 0,
+        "reason": [f"It can't be used: {reason}." for reason in reasons],
+    })  # fmt: skip
+
+
+def _evidence(fitter: DensityFitter, table: pd.DataFrame) -> Evidence:
+    suspicious = table[table.decision != "keep"].sort_values(["decision", "score"], ascending=[True, False])
+    return gather_evidence(
+        fitter,
+        table.image_path.tolist(),
+        (table.decision == "keep").to_numpy(),
+        suspicious.index[:_SHOWN].to_numpy(copy=True),
+    )
+
+
+def _contamination(posterior: Contamination) -> dict[str, float | bool]:
+    low, high = posterior.interval(_LEVEL)
+    return {
+        "estimate": posterior.estimate,
+        "low": low,
+        "high": high,
+        "level": _LEVEL,
+        "visible_split": posterior.doubt <= _MOST_DOUBT * posterior.estimate,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("anomalib", "torch", "timm", "numpy")
+    return {
+        "python": platform.python_version(),
+        "anomalib-metarefine": __version__,
+        **{package: version(package) for package in packages},
+    }
+
+
+def _progress(enabled: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not enabled)

@@ -1,0 +1,148 @@
+"""What the report shows beside the numbers: anomaly maps, the nearest kept image, look-alikes among the suspicious."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from anomalib_metarefine.model.fitting import DensityFitter
+
+_COARSE = 4  # rows and columns of the pooled embedding that images are compared by
+_FEWEST_GROUPED = 6  # images: fewer are seen at a glance
+_MOST_GROUPS = 6
+_PEAK = 3  # patches under the map's peak
+_CHUNK = 64  # images at a time
+
+
+@dataclass
+class Evidence:
+    """Evidence about the images that are not simply kept.
+
+    Attributes:
+        paths (list[str]): ``image_path`` of the ``K`` images.
+        maps (np.ndarray): ``[K x H x W]`` half precision, bits per dimension, one value a patch.
+        nearest (list[str]): ``image_path`` of the kept image that looks most like each; empty if there is none.
+        groups (list[int]): Which look alike under the peak of their map; -1 where there are too few to tell.
+        limits (tuple[float, float]): Colour limits for all maps: a usual patch, and the most unusual ones.
+    """
+
+    paths: list[str]
+    maps: np.ndarray
+    nearest: list[str]
+    groups: list[int]
+    limits: tuple[float, float]
+
+    def save(self, path: str | Path) -> None:
+        """Write a NumPy archive."""
+        np.savez_compressed(
+            path,
+            paths=np.array(self.paths, dtype=str),
+            maps=self.maps,
+            nearest=np.array(self.nearest, dtype=str),
+            groups=np.array(self.groups, dtype=int),
+            limits=np.array(self.limits, dtype=float),
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evidence:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If it is not there.
+        """
+        with np.load(path, allow_pickle=False) as data:
+            return cls(
+                data["paths"].tolist(),
+                data["maps"],
+                data["nearest"].tolist(),
+                data["groups"].tolist(),
+                tuple(data["limits"].tolist()),
+            )
+
+
+def gather_evidence(fitter: DensityFitter, names: Sequence[str], kept: np.ndarray, shown: np.ndarray) -> Evidence:
+    """Maps, nearest kept images and groups, from the features of a fitted density.
+
+    Args:
+        fitter (DensityFitter): After `DensityFitter.fit`.
+        names (Sequence[str]): ``image_path`` of the ``N`` images, in the fitter's order.
+        kept (np.ndarray): ``[N]`` mask of the images that count as normal.
+        shown (np.ndarray): Indices of the ``K`` images to show, worst first.
+
+    Returns:
+        Evidence: Bounded by ``K``.
+    """
+    maps = fitter.anomaly_maps()
+    limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
+    if len(shown) == 0:
+        return Evidence([], np.empty((0, *fitter.grid), np.float16), [], [], limits)
+    return Evidence(
+        [names[i] for i in shown],
+        maps[torch.from_numpy(shown)].view(-1, *fitter.grid).half().numpy(),
+        _nearest(fitter, names, kept, shown),
+        _group(_under_peaks(fitter, maps, shown)),
+        limits,
+    )
+
+
+def _under_peaks(fitter: DensityFitter, maps: torch.Tensor, shown: np.ndarray) -> np.ndarray:
+    """Mean whitened embedding of the highest patches, ``[K x D]``."""
+    highest = maps.topk(min(_PEAK, maps.shape[1]), dim=1).indices
+    parts = [
+        chunk.gather(1, highest[rows].unsqueeze(2).expand(-1, -1, chunk.shape[2])).mean(1)
+        for rows, chunk in fitter.whitened(shown)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def _nearest(fitter: DensityFitter, names: Sequence[str], kept: np.ndarray, shown: np.ndarray) -> list[str]:
+    candidates = np.flatnonzero(kept)
+    looks = _looks(fitter, shown)
+    best = torch.full((len(shown),), float("inf"))
+    found = np.full(len(shown), -1)
+    for start in range(0, len(candidates), _CHUNK):
+        part = candidates[start : start + _CHUNK]
+        distance = torch.cdist(looks, _looks(fitter, part))
+        distance[torch.from_numpy(shown[:, None] == part[None])] = float("inf")
+        values, columns = distance.min(1)
+        nearer = (values < best).numpy()
+        found[nearer] = part[columns.numpy()[nearer]]
+        best = torch.minimum(best, values)
+    return [names[i] if i >= 0 else "" for i in found]
+
+
+def _looks(fitter: DensityFitter, images: np.ndarray) -> torch.Tensor:
+    """Pooled whitened embeddings, ``[n x D * 16]``."""
+    parts = [
+        F.adaptive_avg_pool2d(chunk.transpose(1, 2).unflatten(2, fitter.grid), _COARSE).flatten(1)
+        for _, chunk in fitter.whitened(images)
+    ]
+    return torch.cat(parts)
+
+
+def _group(features: np.ndarray) -> list[int]:
+    """Clusters by direction, as many as the silhouette likes best; numbered by size."""
+    if len(features) < _FEWEST_GROUPED:
+        return [-1] * len(features)
+    from sklearn.cluster import AgglomerativeClustering
+    from sklearn.metrics import silhouette_score
+
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    directions = features / np.maximum(norms, 1e-12)
+    if np.unique(directions, axis=0).shape[0] < 3:
+        return [0] * len(features)
+    trials = [
+        AgglomerativeClustering(count, linkage="average", metric="cosine").fit_predict(directions + 1e-12)
+        for count in range(2, min(_MOST_GROUPS, len(features) - 1) + 1)
+    ]
+    labels = max(trials, key=lambda trial: silhouette_score(directions, trial, metric="cosine"))
+    order = np.argsort(-np.bincount(labels), kind="stable")
+    return np.argsort(order)[labels].tolist()

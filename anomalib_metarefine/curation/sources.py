@@ -1,0 +1,294 @@
+"""Where training images come from: a folder, a table of paths, an anomalib datamodule or its config."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from anomalib.data import AnomalibDataModule
+
+logger = logging.getLogger(__name__)
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+_CONFIGS, _TABLES = (".yaml", ".yml"), (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A list of training images.
+
+    Attributes:
+        root (Path): Absolute folder that all images lie under.
+        paths (list[Path]): Absolute paths, sorted, each once. Symbolic links are not resolved.
+        name (str): What to call the data set.
+        datamodule (AnomalibDataModule | None): The datamodule that the images are the training set of.
+    """
+
+    root: Path
+    paths: list[Path]
+    name: str
+    datamodule: AnomalibDataModule | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The paths relative to ``root``, with ``/``: the ``image_path`` of a manifest."""
+        return [path.relative_to(self.root).as_posix() for path in self.paths]
+
+
+def read_source(
+    data: str | Path | AnomalibDataModule | Iterable[str | Path],
+    root: str | Path | None = None,
+    extensions: Sequence[str] = EXTENSIONS,
+) -> Source:
+    """List the training images.
+
+    Args:
+        data (str | Path | AnomalibDataModule | Iterable[str | Path]): One of
+
+            - a folder, searched with all its subfolders; hidden files and folders are skipped, links to folders are
+              followed once;
+            - a CSV or Parquet file with a column ``image_path``; a ``manifest.csv`` of ours is one, and all its images
+              are taken, whatever was decided about them;
+            - a YAML file with ``class_path`` and ``init_args`` of an anomalib datamodule, at its top or under ``data``;
+            - such a datamodule: its training set, before a validation set is taken out of it;
+            - image paths.
+        root (str | Path | None): What paths in a table, and the names in the manifest, are relative to. ``None`` takes
+            the folder; for a table, the folder it lies in (for our ``manifest.csv``, the root it was made with); for
+            anything else, and where a table's images lie elsewhere, the folder that all images have in common.
+        extensions (Sequence[str]): File names to look for in a folder, in any case. Files that a table or a datamodule
+            names are taken as they are.
+
+    Returns:
+        Source: Paths named twice are listed once, with a warning.
+
+    Raises:
+        FileNotFoundError: If there are no images, or files are missing.
+        ModuleNotFoundError: If a Parquet file is given and pyarrow is not installed.
+        ValueError: If the table has no ``image_path``, the config is unusable, or images lie outside ``root``.
+    """
+    if not isinstance(data, str | Path):
+        if isinstance(data, Iterable):
+            return _source([Path(path) for path in data], root, "images", "the list of paths")
+        return _from_datamodule(data, root)
+    path = absolute(Path(data).expanduser())
+    if path.is_dir():
+        return _source(list(_images_under(path, extensions)), root or path, path.name, str(path))
+    if not path.exists():
+        msg = (
+            f"There is no {path}. Expected a folder of images, a {_either(_TABLES)} file or a {_either(_CONFIGS)} file."
+        )
+        raise FileNotFoundError(msg)
+    if path.suffix.lower() in _CONFIGS:
+        return _from_datamodule(load_datamodule(path), root)
+    if path.suffix.lower() in _TABLES:
+        return _from_table(path, root)
+    msg = f"Can't take images from {path}. Expected a folder, a {_either(_TABLES)} file or a {_either(_CONFIGS)} file."
+    raise ValueError(msg)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV or Parquet file. All cells of a CSV file are text, so that a file called ``NA`` or ``007`` keeps its name.
+
+    A spreadsheet's habits are forgiven: a byte-order mark, and semicolons in place of commas.
+
+    Raises:
+        ModuleNotFoundError: If a Parquet file is given and pyarrow is not installed.
+        ValueError: If the file is no such table.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pd.read_parquet(path)
+        with path.open(encoding="utf-8-sig") as file:
+            header = file.readline()
+        separator = ";" if header.count(";") > header.count(",") else ","
+        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except ImportError as error:
+        msg = f"Reading {path} needs pyarrow. Run `pip install pyarrow`, or save the table as CSV."
+        raise ModuleNotFoundError(msg) from error
+    except (ValueError, OSError) as error:
+        msg = f"{path} can't be read as a table ({error}). Expected UTF-8 text with commas, or Parquet."
+        raise ValueError(msg) from error
+
+
+def load_datamodule(path: str | Path) -> AnomalibDataModule:
+    """Make a datamodule from its YAML file, as `anomalib.data.get_datamodule` does.
+
+    Args:
+        path (str | Path): ``class_path`` and ``init_args``, at its top or under ``data``. Relative folders in it are
+            relative to the working directory, as for anomalib's own commands.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not describe a datamodule.
+    """
+    import anomalib.data
+    import yaml
+
+    if not Path(path).is_file():
+        msg = f"There is no datamodule config {path}."
+        raise FileNotFoundError(msg)
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = config.get("data", config)
+        name = found["class_path"].rpartition(".")[2]
+    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
+        msg = f"{path} describes no datamodule. Expected `class_path` and `init_args`, at its top or under `data`."
+        raise ValueError(msg) from error
+    if not hasattr(anomalib.data, name):
+        msg = f"{path}: anomalib knows no datamodule {found['class_path']}. Check the name, or register its package."
+        raise ValueError(msg)
+    try:
+        return anomalib.data.get_datamodule(found)
+    except Exception as error:  # whatever the constructor of the named class raises is about this file
+        msg = f"{path}: {found['class_path']} can't be made with these settings ({type(error).__name__}: {error})."
+        raise ValueError(msg) from error
+
+
+def set_up_without_validation(datamodule: AnomalibDataModule) -> AnomalibDataModule:
+    """A copy whose training and test sets are whole: no validation set is taken out of either.
+
+    Args:
+        datamodule (AnomalibDataModule): Stays as it is.
+
+    Raises:
+        ValueError: If it can't be set up.
+    """
+    from anomalib.data.utils import ValSplitMode
+
+    source = copy.copy(datamodule)  # not deep: after a training it holds the trainer, and setup makes new data sets
+    source.val_split_mode = ValSplitMode.NONE
+    source._is_setup = False  # after a training, setup would do nothing
+    try:
+        source.prepare_data()
+        source.setup()
+    except Exception as error:  # anomalib's own range from RuntimeError to KeyError
+        msg = f"The datamodule {datamodule.name} can't be set up ({type(error).__name__}: {error})."
+        raise ValueError(msg) from error
+    return source
+
+
+def absolute(path: str | Path) -> Path:
+    """The path from the file system's root, with links as they are: a link to an image goes by its own name."""
+    return Path(os.path.abspath(path))  # noqa: PTH100  (`resolve` follows links)
+
+
+def some(items: Sequence[str], limit: int = 5) -> str:
+    """The first few of a list, for a message.
+
+    Example:
+        >>> some(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(str(item) for item in items[:limit]) + more
+
+
+def _images_under(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
+    wanted = tuple(f".{extension.lstrip('.')}".lower() for extension in extensions)
+    seen: set[str] = set()
+    found = False
+    waiting = [folder]
+    # Real folders first, then those that links lead to: a folder reached both ways goes by its real name.
+    while waiting:
+        for directory, subfolders, files in os.walk(waiting.pop(0)):
+            real = os.path.realpath(directory)
+            if real in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            waiting += [link for name in subfolders if (link := Path(directory, name)).is_symlink()]
+            for name in files:
+                if not name.startswith(".") and name.lower().endswith(wanted):
+                    found = True
+                    yield Path(directory, name)
+    if not found:
+        msg = f"No images under {folder} (looked for {', '.join(wanted)}). Pass --extensions or check the path."
+        raise FileNotFoundError(msg)
+
+
+def _from_table(file: Path, root: str | Path | None) -> Source:
+    table = read_table(file)
+    if "image_path" not in table:
+        msg = f"{file} has no column image_path; found {some(list(table.columns))}. Rename the column with the paths."
+        raise ValueError(msg)
+    base = absolute(root) if root else _root_of_manifest(file) or file.parent
+    listed = [str(path) for path in table.image_path.fillna("")]
+    if "" in listed:
+        msg = f"{file} has no image_path in row {listed.index('') + 1} (of {len(listed)})."
+        raise ValueError(msg)
+    paths = [base / path for path in listed]
+    inside = all(absolute(path).is_relative_to(base) for path in paths)
+    hint = f"Relative paths are relative to {base}; pass --root if they are not."
+    return _source(paths, root or (base if inside else None), file.stem, str(file), hint)
+
+
+def _root_of_manifest(file: Path) -> Path | None:
+    run = file.with_name("run.json")
+    if file.name != "manifest.csv" or not run.is_file():
+        return None
+    try:
+        return Path(json.loads(run.read_text(encoding="utf-8"))["root"])
+    except (ValueError, KeyError, TypeError) as error:
+        msg = f"{run} lies beside {file.name} but names no root. Pass --root."
+        raise ValueError(msg) from error
+
+
+def _from_datamodule(data: AnomalibDataModule, root: str | Path | None) -> Source:
+    from anomalib.data import AnomalibDataModule
+
+    if not isinstance(data, AnomalibDataModule):
+        msg = f"Can't take images from a {type(data).__name__}. Expected a path, paths or an anomalib datamodule."
+        raise ValueError(msg)
+    samples = set_up_without_validation(data).train_data.samples
+    name = " ".join(part for part in (data.name, data.category) if part)
+    source = _source([Path(path) for path in samples.image_path], root, name, f"the training set of {name}")
+    return Source(source.root, source.paths, name, data)
+
+
+def _source(paths: list[Path], root: str | Path | None, name: str, origin: str, hint: str = "") -> Source:
+    """Check, sort and deduplicate; ``root`` None takes the common folder."""
+    if not paths:
+        msg = f"No images in {origin}."
+        raise FileNotFoundError(msg)
+    listed = [absolute(path) for path in paths]
+    missing = [path for path in listed if not os.path.lexists(path)]
+    if missing:
+        msg = f"{len(missing)} of {len(listed)} images in {origin} do not exist: {some(missing)}. {hint}"
+        raise FileNotFoundError(msg.strip())
+    unique = sorted(set(listed), key=Path.as_posix)
+    if len(unique) < len(listed):
+        logger.warning(
+            "%d images are named more than once in %s; each is taken once.", len(listed) - len(unique), origin
+        )
+    garbled = [repr(str(path)) for path in unique if not _is_text(path)]
+    if garbled:
+        msg = f"{len(garbled)} file names in {origin} are no valid text: {some(garbled)}. Rename the files."
+        raise ValueError(msg)
+    base = absolute(root) if root else Path(os.path.commonpath([path.parent for path in unique]))
+    outside = [path for path in unique if not path.is_relative_to(base)]
+    if outside:
+        msg = f"{len(outside)} of {len(unique)} images in {origin} lie outside the root {base}: {some(outside)}."
+        raise ValueError(msg)
+    return Source(base, unique, name)
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _either(suffixes: tuple[str, ...]) -> str:
+    return " or ".join(suffixes)

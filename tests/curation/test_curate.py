@@ -1,0 +1,165 @@
+"""Curation from end to end, on a small folder of parts with visible defects."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from anomalib_metarefine.cli import main
+from anomalib_metarefine.curation.curate import curate
+from anomalib_metarefine.curation.evidence import Evidence, _group
+from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.model.fitting import FitSettings
+from tests.conftest import folder, part
+
+SMALL = {"image_size": (96, 96), "settings": FitSettings(dimensions=32, meta_steps=2), "progress": False}
+
+
+@pytest.fixture
+def dirty(tmp_path):
+    """36 good parts in two shifts, 4 defective ones among them, in a folder of their own."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "line7"
+    for i in range(40):
+        place = root / f"shift{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        part(rng, defect=i % 10 == 9).save(place / f"{'bad' if i % 10 == 9 else 'good'}{i:02d}.png")
+    return root
+
+
+def bad(manifest) -> set[str]:
+    return {path for path in manifest.table.image_path if "bad" in path}
+
+
+def test_finds_the_dirty_images_and_says_why(dirty):
+    before = {p: p.stat().st_mtime_ns for p in dirty.rglob("*")}
+    manifest, evidence = curate(dirty, **SMALL)
+    table = manifest.table
+    assert set(table.image_path[table.decision == "reject"]) == bad(manifest)
+    rejected = table[table.decision == "reject"]
+    assert (rejected.fence_distance > 0).all()
+    assert (rejected["round"] >= 1).all()
+    assert (rejected.dirty_probability > 0.5).all()
+    assert rejected.reason.str.contains("past the fence since round").all()
+    assert (table.score[table.decision == "keep"] < rejected.score.min()).all()
+    assert {"score_likelihood", "score_neighbours", "score_round_1"} <= set(table)
+    assert manifest.root == dirty
+    assert manifest.run["contamination"]["low"] <= 0.1 <= manifest.run["contamination"]["high"]
+    assert manifest.run["data"]["images"] == 40
+    # The evidence: maps that peak at the defect, a good image beside each.
+    assert set(evidence.paths) == set(table.image_path[table.decision != "keep"])
+    assert all("good" in near for near in evidence.nearest)
+    assert evidence.maps.shape[1:] == (6, 6)
+    assert {p: p.stat().st_mtime_ns for p in dirty.rglob("*")} == before  # nothing of the user's was touched
+
+
+def test_same_seed_same_manifest(dirty):
+    first, second = curate(dirty, **SMALL), curate(sorted(dirty.rglob("*.png"), reverse=True), **SMALL)
+    pd.testing.assert_frame_equal(first.manifest.table, second.manifest.table)
+    np.testing.assert_array_equal(first.evidence.maps, second.evidence.maps)
+
+
+def test_decisions_of_a_person_hold_and_are_remembered(dirty, tmp_path):
+    out = tmp_path / "out"
+    first = curate(dirty, **SMALL)
+    first.write(out)
+    wrong, missed = sorted(bad(first.manifest))[0], first.manifest.table.image_path[0]
+    table = pd.DataFrame({"image_path": [wrong, missed], "decision": ["keep", "reject"]})
+    table.to_csv(tmp_path / "d.csv", index=False)
+    second = curate(dirty, decisions=tmp_path / "d.csv", **SMALL).manifest.table.set_index("image_path")
+    assert second.decision[[wrong, missed]].tolist() == ["keep", "reject"]
+    assert second.decided_by[[wrong, missed]].tolist() == ["user", "user"]
+    # Remembered by content: the file has another name in the next run.
+    assert main(["review", str(out), "--decisions", str(tmp_path / "d.csv")]) == 0
+    (dirty / wrong).rename(dirty / "renamed.png")
+    third = curate(dirty, decisions=[out, {}], **SMALL).manifest.table.set_index("image_path")
+    assert (third.decision["renamed.png"], third.decided_by["renamed.png"]) == ("keep", "user")
+    assert third.decided_by[missed] == "user"
+
+
+def test_decisions_on_other_images_are_an_error(dirty, tmp_path):
+    (tmp_path / "d.csv").write_text("image_path,decision\nno.png,keep\n")
+    with pytest.raises(ValueError, match=r"not here: no\.png"):
+        curate(dirty, decisions=tmp_path / "d.csv", **SMALL)
+
+
+def test_unreadable_and_odd_images(dirty):
+    (dirty / "empty.png").write_bytes(b"")
+    (dirty / "text.jpg").write_text("no image")
+    shutil.copy(dirty / "shift0/good00.png", dirty / "copy.png")
+    Image.new("L", (96, 96)).save(dirty / "black.png")
+    table = curate(dirty, **SMALL).manifest.table.set_index("image_path")
+    assert table.decided_by[["empty.png", "text.jpg"]].tolist() == ["unreadable", "unreadable"]
+    assert np.isnan(table.score["empty.png"])
+    assert "the file is empty" in table.reason["empty.png"]
+    assert table.quality["shift0/good00.png"] == "exact duplicate of copy.png"
+    assert "blank" in table.quality["black.png"]
+    without = curate(dirty, quality=False, **SMALL).manifest.table
+    assert (without.quality == "").all()
+
+
+def test_ten_images_and_one(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        part(rng).save(tmp_path / f"{i}.png")
+    curation = curate(tmp_path, **SMALL)
+    assert curation.manifest.counts["reject"] == 0
+    report = curation.write(tmp_path / "out")
+    assert "10 images" in report.read_text(encoding="utf-8")
+    alone = curate([tmp_path / "0.png"], root=tmp_path, **SMALL)
+    assert alone.manifest.counts == {"keep": 1, "reject": 0, "review": 0}
+
+
+def test_nothing_readable(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"None of the 1 images can be read.*a\.png"):
+        curate(tmp_path, **SMALL)
+
+
+def test_takes_the_shape_of_the_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        part(rng, size=(200, 80)).save(tmp_path / f"{i}.png")
+    manifest = curate(tmp_path, settings=SMALL["settings"], progress=False).manifest
+    assert manifest.run["settings"]["image_size"] == [416, 160]
+
+
+def test_a_share_is_rejected_exactly_and_rounds_can_be_off(dirty):
+    assert curate(dirty, rule="share:0.1", **SMALL).manifest.counts["reject"] == 4
+    off = curate(dirty, rounds=0, **SMALL).manifest
+    assert (off.counts["reject"], off.run["stop_reason"]) == (0, "off")
+
+
+def test_datamodules_and_bounded_memory(parts):
+    held = curate(folder(parts), **SMALL).manifest
+    spilled = curate(folder(parts), memory_limit_mb=0, **SMALL).manifest
+    assert len(held.table) == 24
+    pd.testing.assert_frame_equal(spilled.table, held.table)
+
+
+def test_command_writes_everything(dirty, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["curate", str(dirty), "--out", str(out), "--image-size", "96", "96"]
+    assert main([*arguments, "--fail-above", "0.05"]) == 1
+    assert main(arguments) == 0
+    assert "4 of 40 images (10 %) were rejected" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["evidence.npz", "manifest.csv", "report.html", "run.json"]
+    assert json.loads((out / "run.json").read_text())["counts"]["reject"] == 4
+    assert Evidence.load(out / "evidence.npz").paths
+    assert main(["report", str(out)]) == 0
+    assert Manifest.read(out).counts["reject"] == 4
+    assert main(["curate", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
+
+
+def test_look_alikes_are_one_group_and_the_largest_comes_first():
+    rng = np.random.default_rng(0)
+    kinds = rng.normal(size=(3, 16))
+    which = np.array([0] * 2 + [1] * 5 + [2] * 3)
+    groups = np.array(_group(kinds[which] * rng.uniform(1, 5, (10, 1)) + 0.01 * rng.normal(size=(10, 16))))
+    assert [len(set(groups[which == kind])) for kind in range(3)] == [1, 1, 1]
+    assert set(groups[which == 1]) == {0}
+    assert _group(np.ones((3, 4))) == [-1, -1, -1]
+    assert _group(np.ones((8, 4))) == [0] * 8
