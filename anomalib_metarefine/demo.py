@@ -16,6 +16,7 @@ import torch
 from anomalib.data import AnomalibDataModule, Folder
 from anomalib.engine import Engine
 from lightning import seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
@@ -67,7 +68,8 @@ def run_demo(settings: DemoSettings) -> pd.DataFrame:
         datamodule = Contaminated(
             _source(settings, seed), settings.contamination, "no-overlap", seed, settings.train_images
         )
-        datamodule.setup()
+        # As a trainer does it: otherwise the first training would set it up again, and undo the choice of images.
+        datamodule.setup(TrainerFn.FITTING)
         console.print(
             f"[bold]{datamodule.name} {datamodule.category}[/], seed {seed}: {len(datamodule.train_data)} training "
             f"images, {len(datamodule.injected)} of them dirty; {len(datamodule.test_data)} test images"
@@ -112,7 +114,6 @@ def _train(kind: str, datamodule: Contaminated, settings: DemoSettings, seed: in
     model = MetaRefine(
         image_size=settings.image_size, rule=settings.rule, rounds=4 if kind == "refined" else 0, visualizer=False
     )
-    datamodule.setup()
     full, injected = datamodule.train_data, datamodule.is_injected.to_numpy()
     if kind == "clean":
         datamodule.train_data = full.subsample(np.flatnonzero(~injected).tolist())

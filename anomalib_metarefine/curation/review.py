@@ -40,9 +40,12 @@ def review_queue(manifest: Manifest) -> pd.DataFrame:
 def propose(manifest: Manifest, budget: int, groups: dict[str, int] | None = None) -> list[str]:
     """The images whose labels are expected to correct most decisions.
 
-    A label corrects the likelier decision with probability ``min(p, 1 - p)``, p the dirty probability. Within a group
-    of look-alikes, one answer tells something about the others: the gain of the n-th question about a group is divided
-    by n. Kept and rejected images are asked about too; those that a person decided, or that can't be read, are not.
+    Images that are not rejected come first, the likelier dirty the sooner: the fence is strict, so what it missed lies
+    just inside. Of 20 images so chosen, 2 to 5 times as many were decided wrongly as of 20 drawn at random, and more
+    than of the 20 with the least certain probability (docs/results.md). Within a group of look-alikes, one answer tells
+    something about the others: the gain of the n-th question about a group is divided by n. Where the budget goes
+    beyond, rejected images follow, the likelier clean the sooner. Images that a person decided, or that can't be read,
+    are left out.
 
     Args:
         manifest (Manifest): What was decided.
@@ -56,21 +59,23 @@ def propose(manifest: Manifest, budget: int, groups: dict[str, int] | None = Non
         ValueError: If the budget is below 1.
 
     References:
-        Settles, "Active Learning Literature Survey", 2009 (uncertainty sampling, and its redundancy in batches).
+        Settles, "Active Learning Literature Survey", 2009 (on the redundancy of questions asked in batches).
     """
     if budget < 1:
         msg = f"The budget must be at least 1 image, found {budget}."
         raise ValueError(msg)
     table = manifest.table
     probability = table.dirty_probability[(table.decided_by == "rule") & table.dirty_probability.notna()]
-    gain = pd.concat([probability, 1 - probability], axis=1).min(axis=1)
+    gain = probability.where(table.decision.loc[probability.index] != "reject", 1 - probability)
     group = table.image_path.map(groups or {}).where(lambda g: g >= 0)
     # Within a group the gains fall, and so do the discounted ones: sorting once is the same as choosing greedily.
     order = pd.DataFrame({"gain": gain, "group": group.loc[gain.index], "spread": table.uncertainty.loc[gain.index]})
-    order = order.sort_values(["gain", "spread"], ascending=False, kind="stable")
+    order["rejected"] = table.decision.loc[gain.index] == "reject"
+    by_gain = {"by": ["rejected", "gain", "spread"], "ascending": [True, False, False], "kind": "stable"}
+    order = order.sort_values(**by_gain)
     asked = order.groupby("group").cumcount().where(order.group.notna(), 0)
     order["gain"] /= 1 + asked
-    chosen = order.sort_values(["gain", "spread"], ascending=False, kind="stable").index[:budget]
+    chosen = order.sort_values(**by_gain).index[:budget]
     return table.image_path.loc[chosen].tolist()
 
 

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -177,21 +178,29 @@ class TestPropose:
         names = dict(zip(NAMES, VERDICTS, strict=True))
         return make_manifest(root, names, dirty_probability=[0.1, 0.4, 0.5, 0.48, 0.52, 0.95])
 
-    def test_asks_about_the_least_certain(self, unsure):
-        assert propose(unsure, 4) == ["2.png", "3.png", "4.png", "1.png"]
-        assert propose(unsure, 100) == ["2.png", "3.png", "4.png", "1.png", "0.png", "5.png"]
-        assert propose(unsure, 1) == ["2.png"]
+    def test_asks_first_about_what_may_have_been_missed(self, unsure):
+        verdicts = unsure.table.decision.tolist()
+        probability = unsure.table.dirty_probability.to_numpy()
+        missed = [i for i in np.argsort(-probability) if verdicts[i] != "reject"]
+        doubted = [i for i in np.argsort(probability) if verdicts[i] == "reject"]
+        assert missed
+        assert doubted
+        expected = [f"{i}.png" for i in [*missed, *doubted]]
+        assert propose(unsure, 100) == expected
+        assert propose(unsure, 2) == expected[:2]
 
     def test_spreads_over_look_alikes(self, unsure):
+        unsure.table["decision"] = "keep"
         groups = {"2.png": 7, "3.png": 7, "4.png": 7, "1.png": -1, "0.png": -1}
-        # Gains 0.5, 0.4, 0.48 / 2, 0.48 / 3, 0.1, 0.05
-        assert propose(unsure, 6, groups) == ["2.png", "1.png", "3.png", "4.png", "0.png", "5.png"]
+        # Gains 0.95, 0.52, 0.4, 0.5 / 2, 0.48 / 3, 0.1
+        assert propose(unsure, 6, groups) == ["5.png", "4.png", "1.png", "2.png", "3.png", "0.png"]
 
     def test_not_about_what_is_known(self, unsure):
-        decided = decide(unsure, answers(_2="keep"))
-        assert propose(decided, 1) == ["3.png"]
-        decided.table.loc[3, ["decided_by", "decision"]] = ["unreadable", "reject"]
-        assert propose(decided, 1) == ["4.png"]
+        first, second, third = propose(unsure, 3)
+        decided = decide(unsure, answers(**{f"_{first[0]}": "keep"}))
+        assert propose(decided, 1) == [second]
+        decided.table.loc[int(second[0]), ["decided_by", "decision"]] = ["unreadable", "reject"]
+        assert propose(decided, 1) == [third]
 
     def test_nothing_to_ask(self, unsure):
         unsure.table["decided_by"] = "user"
@@ -215,7 +224,7 @@ class TestPropose:
         asked: list[int] = []
         for name in chosen:
             rest = [n for n in names if n not in chosen[: len(asked)]]
-            gains = {n: min(probability[n], 1 - probability[n]) / (1 + _times(groups[n], asked)) for n in rest}
+            gains = {n: probability[n] / (1 + _times(groups[n], asked)) for n in rest}
             assert gains[name] == pytest.approx(max(gains.values()), abs=1e-12)
             asked.append(groups[name])
 
