@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _DIMENSIONS = 64  # principal components; 32 lost 4 points of AUROC on `screw`, more gained nothing
 _CHUNK = 32  # images at a time
+_FARTHEST = 65_000.0  # what half precision holds
 _SAMPLE = 65_536  # patches that the principal components are computed from
 
 
@@ -79,7 +80,9 @@ class NearestImages:
             own = torch.from_numpy(rows[:, None] == chosen[None])
             squared.masked_fill_(own.unsqueeze(0), float("inf"))
             values, columns = squared.topk(kept, dim=2, largest=False)
-            self.distances[rows] = values.sqrt().half().transpose(0, 1).numpy()
+            # Infinity means that there is no such image, so no distance may become infinite by being rounded.
+            values = torch.where(values.isinf(), values, values.sqrt().clamp_max(_FARTHEST))
+            self.distances[rows] = values.half().transpose(0, 1).numpy()
             self.images[rows] = chosen[columns.transpose(0, 1).numpy()]
             if on_images:
                 on_images(len(rows))

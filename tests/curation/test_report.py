@@ -114,6 +114,9 @@ def test_says_what_was_found(tmp_path):
 
 def test_warns_without_a_visible_split(tmp_path):
     assert "The decisions below are guesses." in written(tmp_path, visible_split=False).text
+    nothing = written(tmp_path, visible_split=False, reject=0).text
+    assert "Nothing stands apart." in nothing
+    assert "guesses" not in nothing
 
 
 def test_is_one_file_and_asks_for_nothing_else(tmp_path):

@@ -93,3 +93,11 @@ def test_memory_mapped_store_and_progress():
     expected, found = compare(held, on_images=done.append), compare(spilled)
     np.testing.assert_array_equal(found.distances, expected.distances)
     assert sum(done) == 40
+
+
+def test_features_of_any_size_have_a_distance():
+    data = FeatureStore()
+    data.add(["a", "b", "c"], torch.tensor([0.0, 5_000, -40_000])[:, None, None].expand(3, 12, 20))
+    mean, _ = compare(data).episodic(np.ones(3, dtype=bool))
+    assert (mean[2] > mean[0]).all()
+    assert mean.isfinite().all()
