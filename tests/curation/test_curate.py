@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from anomalib_metarefine.cli import main
-from anomalib_metarefine.curation.curate import curate
+from anomalib_metarefine.curation.curate import _rejected_since, curate
 from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.refine import Refinement, Round
 from anomalib_metarefine.model.fitting import FitSettings
 from tests.conftest import folder, part
 
@@ -72,6 +73,7 @@ def test_decisions_of_a_person_hold_and_are_remembered(dirty, tmp_path):
     second = curate(dirty, decisions=tmp_path / "d.csv", **SMALL).manifest.table.set_index("image_path")
     assert second.decision[[wrong, missed]].tolist() == ["keep", "reject"]
     assert second.decided_by[[wrong, missed]].tolist() == ["user", "user"]
+    assert second.dirty_probability[[wrong, missed]].tolist() == [0, 1]
     # Remembered by content: the file has another name in the next run.
     assert main(["review", str(out), "--decisions", str(tmp_path / "d.csv")]) == 0
     (dirty / wrong).rename(dirty / "renamed.png")
@@ -163,3 +165,9 @@ def test_look_alikes_are_one_group_and_the_largest_comes_first():
     assert set(groups[which == 1]) == {0}
     assert _group(np.ones((3, 4))) == [-1, -1, -1]
     assert _group(np.ones((8, 4))) == [0] * 8
+
+
+def test_an_image_is_rejected_since_it_last_crossed_the_fence():
+    rounds = [Round(1.0, scores, 0) for scores in ([2.0, 0.0, 2.0, 2.0], [2.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 0.0])]
+    refinement = Refinement(["a", "b", "c", "d"], [False, False, False, True], [0.0] * 4, rounds)
+    assert _rejected_since(refinement).tolist() == [1, 2, 3, 0]

@@ -67,3 +67,16 @@ def test_survives_json_and_tabulates_every_round():
     table = result.table()
     assert table.decision.value_counts().to_dict() == {"keep": 90, "reject": 10}
     assert f"score_round_{len(result.rounds)}" in table
+
+
+def test_what_a_person_decided_holds_against_the_fence():
+    known = {95: True, 3: False}
+    fitted = []
+
+    def score(kept):
+        fitted.append(kept.copy())
+        return distance_to_kept_mean(VALUES)(kept)
+
+    result = refine(score, PATHS, ShorthFence(), max_rounds=5, known=known)
+    assert sorted(result.rejected) == sorted({*PATHS[90:], PATHS[3]} - {PATHS[95]})
+    assert all(kept[95] and not kept[3] for kept in fitted)
