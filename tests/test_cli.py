@@ -8,17 +8,14 @@ import pytest
 from anomalib_metarefine import cli
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.manifest import Manifest
-from tests.curation.test_manifest import DECISIONS, make_manifest
+from tests.curation.test_manifest import DECISIONS, make_files, make_manifest
 
 CURATION = "anomalib_metarefine.curation"
 
 
 @pytest.fixture
 def root(tmp_path):
-    for name in DECISIONS:
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name).write_bytes(name.encode())
-    return tmp_path / "data"
+    return make_files(tmp_path / "data")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from functools import cached_property
 import numpy as np
 from scipy.special import expit, log_ndtr
 
-from anomalib_metarefine.curation.rules import lower_side_scale
+from anomalib_metarefine.curation.rules import evenly_spaced, lower_side_scale
 
 _LIMITS = (-6.0, 60.0)  # spreads: how far out an outlier lies carries no more information past them
 _MOST_SCORES = 1_000  # evenly spaced order statistics of more say about the same
@@ -96,7 +96,7 @@ def estimate_contamination(scores: np.ndarray, seed: int = 0) -> Contamination:
         prior = np.linspace(0, _MOST, 1001)
         return Contamination(prior, np.full(len(scores), _MOST / 2))
     u = ((scores - centre) / spread).clip(*_LIMITS)
-    chain = _draw(np.sort(u)[_evenly(len(u))], seed)
+    chain = _draw(np.sort(u)[evenly_spaced(len(u), _MOST_SCORES)], seed)
     probability = np.zeros(len(u))
     for part in np.array_split(np.arange(len(u)), max(1, len(u) // _MOST_SCORES)):
         clean, dirty = _log_densities(chain, u[None, part])
@@ -111,10 +111,6 @@ def estimate_contamination(scores: np.ndarray, seed: int = 0) -> Contamination:
 
 # Columns of the chain.
 _CENTRE, _LOG_SPREAD, _LOG_SKEW, _DIRTY_SHIFT, _LOG_TAIL, _SHARE, _ODD_SHARE = range(7)
-
-
-def _evenly(count: int) -> np.ndarray:
-    return np.linspace(0, count - 1, min(count, _MOST_SCORES)).round().astype(int)
 
 
 def _draw(u: np.ndarray, seed: int) -> np.ndarray:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.curation.contamination import Contamination, estimate_contamination
@@ -32,10 +31,11 @@ from anomalib_metarefine.density.flow import PatchFlow
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.collect import collect_features
 from anomalib_metarefine.features.resize import suggested_size
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, progress_bars
 
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
+    from rich.progress import Progress
 
     from anomalib_metarefine.curation.refine import Refinement
 
@@ -133,7 +133,7 @@ def curate(
     source = read_source(data, root, extensions)
     chosen = FitSettings(**{**vars(settings or FitSettings()), "rule": rule, "rounds": rounds})
     seconds: dict[str, float] = {}
-    with _progress(progress) as bars:
+    with progress_bars(progress) as bars:
         facts = _inspect(source, quality, bars, seconds)
         readable = [i for i, fact in enumerate(facts) if fact.unreadable is None]
         if not readable:
@@ -329,8 +329,3 @@ def _versions() -> dict[str, str]:
         "anomalib-metarefine": __version__,
         **{package: version(package) for package in packages},
     }
-
-
-def _progress(enabled: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not enabled)

@@ -80,7 +80,7 @@ def gather_evidence(fitter: DensityFitter, names: Sequence[str], kept: np.ndarra
     Returns:
         Evidence: Bounded by ``K``.
     """
-    maps = fitter.anomaly_maps()
+    maps = fitter.maps
     limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
     if len(shown) == 0:
         return Evidence([], np.empty((0, *fitter.grid), np.float16), [], [], limits)

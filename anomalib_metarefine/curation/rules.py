@@ -105,7 +105,7 @@ class AdjustedBoxplot:
         from statsmodels.stats.stattools import medcouple
 
         ordered = np.sort(scores)
-        thinned = np.linspace(0, len(ordered) - 1, min(len(ordered), _MEDCOUPLE_SCORES)).round().astype(int)
+        thinned = evenly_spaced(len(ordered), _MEDCOUPLE_SCORES)
         # statsmodels' fast way is wrong where scores are few or tied.
         skewness = float(medcouple(ordered[thinned], use_fast=False))
         factor = math.exp((3 if skewness >= 0 else 4) * skewness)
@@ -444,6 +444,11 @@ def lower_side_scale(scores: np.ndarray) -> tuple[float, float]:
     ordered = np.sort(scores)
     centre = float(np.median(_densest(ordered, len(ordered) // 2 + 1)))
     return centre, _spread_below(ordered, centre)
+
+
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """Positions of at most ``most`` of ``count`` sorted scores, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
 def half_sample_mode(scores: np.ndarray) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.func import functional_call
 
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
@@ -25,8 +26,6 @@ from anomalib_metarefine.meta.maml import Parameters, adapt, meta_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-    from rich.progress import Progress
 
     from anomalib_metarefine.features.store import FeatureStore
 
@@ -213,17 +212,19 @@ class DensityFitter:
 
     def likelihood_scores(self) -> np.ndarray:
         """Bits per dimension of the least likely patches under the density of the kept images, ``[N]``."""
-        return image_score(self.anomaly_maps(), self.settings.tail).double().numpy()
+        self.maps = self.anomaly_maps()
+        return image_score(self.maps, self.settings.tail).double().numpy()
 
     def neighbour_scores(self) -> np.ndarray:
         """Mean distance of the most distant patches to their like in support sets of kept images, ``[N]``."""
-        return image_score(self.neighbours.episodic(self.kept)[0], _NEIGHBOUR_TAIL).double().numpy()
+        self.episodes = self.neighbours.episodic(self.kept)
+        return image_score(self.episodes[0], _NEIGHBOUR_TAIL).double().numpy()
 
     def uncertainty(self) -> np.ndarray:
         """Standard deviation of the final scores over support sets, ``[N]``; zero where images were not compared."""
         if self.neighbours is None:
             return np.zeros(len(self.kept))
-        mean, deviation = self.neighbours.episodic(self.kept)
+        mean, deviation = self.episodes
         highest = mean.topk(max(1, round(_NEIGHBOUR_TAIL * mean.shape[1])), dim=1).indices
         return deviation.gather(1, highest).mean(1).double().numpy() * self.units["neighbours"]
 
@@ -281,3 +282,9 @@ def trainable(flow: PatchFlow) -> Parameters:
     return {
         name: value.detach().clone().requires_grad_() for name, value in flow.named_parameters() if value.requires_grad
     }
+
+
+def progress_bars(enabled: bool) -> Progress:
+    """Bars with counts and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, disable=not enabled)

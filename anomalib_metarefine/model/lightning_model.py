@@ -22,7 +22,6 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
@@ -33,7 +32,7 @@ from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.readable import unreadable_images
 from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, progress_bars
 from anomalib_metarefine.model.torch_model import MetaRefineModel
 
 logger = logging.getLogger(__name__)
@@ -241,7 +240,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             raise ValueError(msg)
         generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
         with (
-            _progress(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,
+            progress_bars(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,
             torch.inference_mode(mode=False),
             torch.enable_grad(),
         ):
@@ -356,8 +355,3 @@ def _check(name: str, value: object, accepted: bool, expected: str) -> None:
     if not accepted:
         msg = f"{name} must be {expected}, found {value!r}."
         raise ValueError(msg)
-
-
-def _progress(enabled: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not enabled)

@@ -4,15 +4,12 @@ import pytest
 
 from anomalib_metarefine.curation import apply as module
 from anomalib_metarefine.curation.apply import apply
-from tests.curation.test_manifest import DECISIONS, make_manifest
+from tests.curation.test_manifest import DECISIONS, make_files, make_manifest
 
 
 @pytest.fixture
 def root(tmp_path):
-    for name in DECISIONS:
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name).write_bytes(name.encode())
-    return tmp_path / "data"
+    return make_files(tmp_path / "data")
 
 
 @pytest.fixture

@@ -17,6 +17,14 @@ from anomalib_metarefine.curation.manifest import Manifest, data_sha256, file_sh
 from tests.conftest import folder
 
 
+def make_files(root: Path) -> Path:
+    """A file for each of `DECISIONS`."""
+    for name in DECISIONS:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
 def make_manifest(root: Path, decisions: dict[str, str], **columns) -> Manifest:
     """A manifest of files that exist, with the decision given for each."""
     count = len(decisions)
