@@ -16,6 +16,7 @@ from FrEIA.framework import SequenceINN
 from torch import nn
 
 POSITION_CHANNELS = 16
+AFFINE_CLAMPING = 2.0  # logarithms of the scales stay within this
 
 
 class PatchFlow(nn.Module):
@@ -50,7 +51,11 @@ class PatchFlow(nn.Module):
         for _ in range(blocks):
             # anomalib's copy of FrEIA's block: same mathematics, without the views that stop an ONNX export.
             self.couplings.append(
-                AllInOneBlock, cond=0, cond_shape=(POSITION_CHANNELS,), subnet_constructor=subnet, affine_clamping=2.0
+                AllInOneBlock,
+                cond=0,
+                cond_shape=(POSITION_CHANNELS,),
+                subnet_constructor=subnet,
+                affine_clamping=AFFINE_CLAMPING,
             )
 
     def forward(self, patches: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,9 +13,11 @@ from anomalib.pre_processing import PreProcessor
 from torch import nn
 from torchvision.transforms.v2 import Compose, Resize, Transform
 
+_BAND = 32  # output rows: windows overlap by little, and there are few of them
+
 
 class ExactResize(nn.Module):
-    """Antialiased bilinear resize as two matrix products; equals ``torchvision``'s to the rounding error.
+    """Antialiased bilinear resize as matrix products; equals ``torchvision``'s to the rounding error.
 
     The filter weights are computed with integers: on processors with bfloat16, OpenVINO lowers floating-point
     arithmetic to 8 bits of mantissa by default, and pixel positions above 256 would no longer be whole numbers.
@@ -36,21 +38,31 @@ class ExactResize(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Resize ``[... x H x W]`` to ``[... x size]``."""
-        height, width = images.shape[-2:]
-        if (height, width) == self.size:
+        if tuple(images.shape[-2:]) == self.size:
             return images
-        rows = _filter(height, self.size[0], images)
-        columns = _filter(width, self.size[1], images)
-        return rows @ images @ columns.T
+        return _resize_rows(_resize_rows(images, self.size[0]).mT, self.size[1]).mT
 
 
-def _filter(source: int, target: int, like: torch.Tensor) -> torch.Tensor:
-    """Triangle filter ``[target x source]``, as wide as the larger of the two pixel pitches; rows sum to one."""
-    inputs = 2 * torch.arange(source, device=like.device) + 1
-    outputs = 2 * torch.arange(target, device=like.device) + 1
-    support = 2 * torch.sym_max(source, target)
-    weights = (support - (inputs * target - outputs.unsqueeze(1) * source).abs()).clamp_min(0)
-    return weights.to(like.dtype) / weights.sum(1, keepdim=True).to(like.dtype)
+def _resize_rows(images: torch.Tensor, target: int) -> torch.Tensor:
+    """Resize ``[... x H x W]`` to ``[... x target x W]``, ``_BAND`` output rows at a time from the rows they depend on.
+
+    One product with the whole filter would multiply with zeros mostly: for an image of 1024 pixels it costs three times
+    as much as a small backbone. A branch for images that need no resize would be an ``If`` in the exported graph, and
+    OpenVINO 2026.4 gives wrong results the first time it runs one on a dynamic shape.
+    """
+    source = images.shape[-2]
+    bands = -(-target // _BAND)
+    support = 2 * torch.sym_max(source, target)  # of the filter, to either side, in units of 1 / (2 target) rows
+    window = torch.sym_min(source, (_BAND * source + support) // target + 2)
+    first = 2 * _BAND * torch.arange(bands, device=images.device) + 1
+    start = ((first * source - target - support) // (2 * target)).clamp_min(0).clamp_max(source - window)
+    inputs = start.unsqueeze(1) + torch.arange(window, device=images.device)  # [bands x window]
+    outputs = torch.arange(bands * _BAND, device=images.device).view(bands, _BAND, 1)
+    distances = ((2 * inputs.unsqueeze(1) + 1) * target - (2 * outputs + 1) * source).abs()
+    weights = (support - distances).clamp_min(0)
+    weights = weights.to(images.dtype) / weights.sum(2, keepdim=True).clamp_min(1).to(images.dtype)
+    banded = images.index_select(-2, inputs.flatten()).unflatten(-2, (bands, window))
+    return (weights @ banded).flatten(-3, -2)[..., :target, :]
 
 
 def suggested_size(height: float, width: float, area: float = 256 * 256, multiple: int = 32) -> tuple[int, int]:

@@ -84,7 +84,7 @@ def test_not_square_and_squashed(parts, tmp_path, caplog):
     logging.getLogger("anomalib_metarefine").propagate = True
     model, runner = trained(folder(parts), tmp_path, image_size=(64, 160))
     assert "squashed to 64 x 160" in caplog.text
-    assert len(model.model.positions) == 4 * 10
+    assert model.model.scorer.patches == 4 * 10
     assert runner.test(model, datamodule=folder(parts))[0]["image_AUROC"] > 0.9
 
 
