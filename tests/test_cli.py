@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from anomalib_metarefine import cli
+from anomalib_metarefine.cli import curation as cli
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.manifest import Manifest
 from tests.curation.test_manifest import DECISIONS, make_files, make_manifest

@@ -1,11 +1,13 @@
-"""Find the images that can't be read, before a training run trips over them."""
+"""Read every image file once: which can't be decoded, and what is in the others."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -13,26 +15,37 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def unreadable_images(paths: Sequence[str | Path]) -> dict[str, str]:
-    """Decode every image once and collect those that fail.
+class CheckedImages(NamedTuple):
+    """What reading image files gave.
 
-    Args:
-        paths (Sequence[str | Path]): Image files.
-
-    Returns:
-        dict[str, str]: Path and reason of each image that is empty, truncated or no image at all.
+    Attributes:
+        hashes (dict[str, str]): SHA-256 of the content of each readable file, by path.
+        unreadable (dict[str, str]): Reason, by path, for each file that is empty, truncated or no image at all.
     """
+
+    hashes: dict[str, str]
+    unreadable: dict[str, str]
+
+
+def check_images(paths: Sequence[str | Path]) -> CheckedImages:
+    """Decode every image once, before a training run trips over one."""
+    checked = CheckedImages({}, {})
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        reasons = list(pool.map(_why_unreadable, paths))
-    return {str(path): reason for path, reason in zip(paths, reasons, strict=True) if reason}
+        for path, (digest, reason) in zip(map(str, paths), pool.map(_check, paths), strict=True):
+            if reason is None:
+                checked.hashes[path] = digest
+            else:
+                checked.unreadable[path] = reason
+    return checked
 
 
-def _why_unreadable(path: str | Path) -> str | None:
+def _check(path: str | Path) -> tuple[str, str | None]:
     try:
-        if Path(path).stat().st_size == 0:
-            return "the file is empty"
-        with Image.open(path) as image:
+        content = Path(path).read_bytes()
+        if not content:
+            return "", "the file is empty"
+        with Image.open(io.BytesIO(content)) as image:
             image.load()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        return "", f"{type(error).__name__}: {error}"
+    return hashlib.sha256(content).hexdigest(), None

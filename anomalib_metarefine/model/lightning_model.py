@@ -10,14 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import AnomalibDataModule, Batch
+from anomalib.deploy.export import CompressionType
 from anomalib.metrics import AUROC, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
+from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -29,16 +31,21 @@ from anomalib_metarefine.curation.refine import Refinement
 from anomalib_metarefine.curation.rules import get_rule
 from anomalib_metarefine.features.backbone import normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
-from anomalib_metarefine.features.readable import unreadable_images
+from anomalib_metarefine.features.readable import check_images
 from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
 from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.model.calibration import calibrate_model
+from anomalib_metarefine.model.export import data_hashes, describe, exportable, quantize
 from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, progress_bars
 from anomalib_metarefine.model.torch_model import MetaRefineModel
+
+if TYPE_CHECKING:
+    import openvino
 
 logger = logging.getLogger(__name__)
 
 _SQUASH_WARNING = 1.25  # change of aspect ratio from which on we tell the user
-_CHECKPOINT_KEY = "metarefine_refinement"
+_CHECKPOINT_KEY = "metarefine"
 
 
 class MetaRefine(MemoryBankMixin, AnomalibModule):
@@ -170,9 +177,12 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             rounds=rounds,
         )
         self.refinement: Refinement | None = None
+        self.calibration: dict[str, Any] | None = None
+        self.provenance: dict[str, Any] = {}
         self._memory_limit_mb = memory_limit_mb
         self._store = FeatureStore(memory_limit_mb)
         self._grid: tuple[int, int] | None = None
+        self._hashes: dict[str, str] = {}
         self._unreadable: dict[str, str] = {}
         self._full_train_data: Any = None
 
@@ -190,7 +200,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         if not paths:
             msg = f"{datamodule.name} has no training images. Check its path and its split settings."
             raise ValueError(msg)
-        self._unreadable = unreadable_images(paths)
+        self._hashes, self._unreadable = check_images(paths)
         if len(self._unreadable) == len(paths):
             first, reason = next(iter(self._unreadable.items()))
             msg = f"None of the {len(paths)} training images can be read. The first is {first} ({reason})."
@@ -238,7 +248,8 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             reason = f"{left_out[0]}: {left_out[1]}" if left_out else "the training dataloader was empty"
             msg = f"There is no training image to fit MetaRefine on ({reason})."
             raise ValueError(msg)
-        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        seed = torch.initial_seed() % 2**63
+        generator = torch.Generator().manual_seed(seed)
         with (
             progress_bars(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,
             torch.inference_mode(mode=False),
@@ -251,6 +262,8 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         self.model.load_density(density, self._grid)
         self.model.flow.to(self.device)
         self.refinement.left_out |= self._unreadable
+        self.provenance = {"seed": seed, **data_hashes(self.refinement, self._hashes)}
+        self._set_first_thresholds()
         logger.info(
             "Refinement kept %d of %d training images (%s).",
             sum(self.refinement.kept), len(self.refinement.kept), self.refinement.stop_reason,
@@ -312,25 +325,74 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         ]
         return Evaluator(val_metrics=auroc(), test_metrics=[*auroc(), *f1_scores])
 
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
-        """Anomalib's export, at the opset that torch's exporter writes natively.
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Anomalib's export, with ``metadata.json`` beside it."""
+        path = super().to_torch(export_root, model_file_name)
+        describe(self, path, "torch", "FP32", None)
+        return path
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Anomalib's export, at the opset that torch's exporter writes natively, with ``metadata.json`` beside it.
 
         It is asked for 14 by default, knows 18 and up, and fails to convert the finished graph down.
         """
         kwargs.setdefault("opset_version", 18)
-        return super().to_onnx(*args, **kwargs)
+        with exportable(self):
+            path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        describe(self, path, "onnx", "FP32", input_size)
+        return path
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Anomalib's export, with ``metadata.json`` beside it; ``INT8_PTQ`` quantises the backbone alone."""
+        path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
+        precision = compression_type.name.split("_")[0] if compression_type else "FP32"
+        describe(self, path, "openvino", precision, input_size)
+        return path
+
+    def _post_training_quantization_ov(
+        self, model: openvino.Model, datamodule: AnomalibDataModule | None = None
+    ) -> openvino.Model:
+        return quantize(self, model, datamodule)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what refinement decided."""
+        """Keep what refinement decided, how the threshold was chosen, and where the model comes from."""
         super().on_save_checkpoint(checkpoint)
         if self.refinement is not None:
-            checkpoint[_CHECKPOINT_KEY] = self.refinement.to_dict()
+            checkpoint[_CHECKPOINT_KEY] = {
+                "refinement": self.refinement.to_dict(),
+                "calibration": self.calibration,
+                "provenance": self.provenance,
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what refinement decided."""
+        """The inverse of `on_save_checkpoint`."""
         super().on_load_checkpoint(checkpoint)
         if _CHECKPOINT_KEY in checkpoint:
-            self.refinement = Refinement.from_dict(checkpoint[_CHECKPOINT_KEY])
+            kept = checkpoint[_CHECKPOINT_KEY]
+            self.refinement = Refinement.from_dict(kept["refinement"])
+            self.calibration, self.provenance = kept["calibration"], kept["provenance"]
+
+    def _set_first_thresholds(self) -> None:
+        """Thresholds from the training images, for a model that is never validated; a validation replaces them."""
+        if not isinstance(self.post_processor, PostProcessor):
+            return
+        try:
+            calibrate_model(self)
+        except ValueError as error:  # a handful of images, or all alike
+            logger.info("No threshold from the training images: %s", error)
 
     def _log_figures(self, figures: dict[str, float], step: int) -> None:
         for sink in self.trainer.loggers:

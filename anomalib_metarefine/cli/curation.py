@@ -1,76 +1,17 @@
-"""The ``metarefine`` command. Nothing heavy is imported before a subcommand runs, so that ``--help`` is quick."""
+"""Subcommands about training images."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine import __version__
+from anomalib_metarefine.cli.command import SHOWN, Command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import argparse
 
     import pandas as pd
-
-_SHOWN = 20  # rows of a table on the screen; files hold all
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand.
-
-    Attributes:
-        summary (str): One line for ``metarefine --help``.
-        description (str): For its own ``--help``.
-        arguments (Callable): Adds its arguments to its parser.
-        run (Callable): Does it, and answers the exit code. What it raises for bad input is shown by `main`.
-    """
-
-    summary: str
-    description: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv (list[str] | None): Arguments; ``None`` takes those of the process.
-
-    Returns:
-        int: Exit code; 2 for input that can't be used.
-    """
-    options = build_parser().parse_args(argv)
-    try:
-        return _COMMANDS[options.command].run(options)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"metarefine: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="metarefine",
-        description="Anomaly detection from dirty training folders. Training, testing and export go through anomalib: "
-        "`anomalib train --model MetaRefine --data ...`.",
-    )
-    parser.add_argument("--version", action="version", version=f"anomalib-metarefine {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, command in _COMMANDS.items():
-        command.arguments(
-            commands.add_parser(
-                name,
-                help=command.summary,
-                description=command.description,
-                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            )
-        )
-    return parser
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +183,7 @@ def _groups(folder: Path) -> dict[str, int] | None:
     return dict(zip(evidence.paths, evidence.groups, strict=True))
 
 
-def _show(table: pd.DataFrame, columns: list[str], limit: int = _SHOWN) -> None:
+def _show(table: pd.DataFrame, columns: list[str], limit: int = SHOWN) -> None:
     """The first rows on the screen."""
     from rich.console import Console
     from rich.table import Table
@@ -257,7 +198,7 @@ def _show(table: pd.DataFrame, columns: list[str], limit: int = _SHOWN) -> None:
         print(f"... and {len(table) - limit} more")
 
 
-_COMMANDS = {
+CURATION = {
     "demo": Command(
         "train on contaminated real images: raw, refined and truly clean side by side",
         "Mixes real defective images into a training set, trains on everything (raw), with refinement (refined) and on "
@@ -295,7 +236,3 @@ _COMMANDS = {
         "write report.html anew", "For a manifest that a person's decisions changed.", _report_arguments, _report
     ),
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Megabytes that loading and running one exported graph takes; in a process of its own, with OpenVINO alone.
+
+Usage: ``python -m anomalib_metarefine.benchmark.peak_memory model.xml 256 256 f32``.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import numpy as np
+import openvino as ov
+
+
+def main(path: str, height: str, width: str, precision: str) -> None:
+    """Print the growth of the process's peak."""
+    core = ov.Core()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    shape = [1, 3, int(height), int(width)]
+    model = core.read_model(path)
+    model.reshape(shape)
+    core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})(np.zeros(shape, dtype=np.float32))
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

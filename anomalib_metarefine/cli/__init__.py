@@ -1,0 +1,50 @@
+"""The ``metarefine`` command. Nothing heavy is imported before a subcommand runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from anomalib_metarefine import __version__
+from anomalib_metarefine.cli.curation import CURATION
+from anomalib_metarefine.cli.deployment import DEPLOYMENT
+
+_COMMANDS = CURATION | DEPLOYMENT
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv (list[str] | None): Arguments; ``None`` takes those of the process.
+
+    Returns:
+        int: Exit code; 2 for input that can't be used.
+    """
+    options = build_parser().parse_args(argv)
+    try:
+        return _COMMANDS[options.command].run(options)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"metarefine: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="metarefine",
+        description="Anomaly detection from dirty training folders. Training, testing and export go through anomalib: "
+        "`anomalib train --model MetaRefine --data ...`.",
+    )
+    parser.add_argument("--version", action="version", version=f"anomalib-metarefine {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in _COMMANDS.items():
+        command.arguments(
+            commands.add_parser(
+                name,
+                help=command.summary,
+                description=command.description,
+                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            )
+        )
+    return parser

@@ -1,0 +1,172 @@
+"""The results file of `metarefine watch`: JSON lines, and the memory of what is done.
+
+There is no second file that could disagree with it. What survives:
+
+- the process is killed (``kill -9``): every line that was written. A line goes to the system in one call, unbuffered;
+- the power fails: every line up to the last `sync`, at most about a second before. Images whose lines are lost are
+  processed again, so in the file they stand once;
+- a torn last line, by either, or by a full disk: it is cut off at the next start.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_SYNC_S = 1.0  # seconds of results that a power failure may cost; once a second costs no throughput
+_BLOCK = 1 << 16  # bytes
+_FIRST = b'{"event"'  # what every results file begins with
+
+
+class Results(Protocol):
+    """Where lines go."""
+
+    def append(self, *records: dict[str, Any]) -> None: ...  # noqa: D102
+    def sync(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+
+
+class Journal:
+    """A file of JSON lines that one process at a time appends to.
+
+    Args:
+        path (Path): Made if it isn't there, with its folder. Beside it lies an empty ``.lock`` file.
+
+    Attributes:
+        cut (int): Bytes of a torn last line that were cut off.
+        damaged (int): Lines that are no JSON, found so far by `records`.
+
+    Raises:
+        ValueError: If another process has it, or if the file is not of JSON lines.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path.with_name(f"{path.name}.lock"), path)
+        self._file = path.open("a+b", buffering=0)
+        self._synced = time.monotonic()
+        self._dirty = False
+        self.damaged = 0
+        try:
+            self._refuse_other_files()
+            self.cut = self._cut_torn_line()
+        except ValueError:
+            self.close()
+            raise
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Read all lines, one at a time; what is no JSON object (zeros after a power failure) is skipped."""
+        with self.path.open("rb") as lines:
+            for line in lines:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if isinstance(record, dict):
+                    yield record
+                else:
+                    self.damaged += 1
+
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write records, in one call to the system; to disk if the last time is long ago.
+
+        Raises:
+            OSError: If they can't be written. What was written of them is cut off at the next start.
+        """
+        block = memoryview(encode(*records))
+        while block:
+            block = block[self._file.write(block) :]
+        self._dirty = True
+        if time.monotonic() - self._synced >= _SYNC_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make sure that all lines are on the disk."""
+        if self._dirty:
+            os.fsync(self._file.fileno())
+            self._dirty, self._synced = False, time.monotonic()
+
+    def close(self) -> None:
+        """Sync, and let others have the file."""
+        self.sync()
+        self._file.close()
+        os.close(self._lock)
+
+    def _refuse_other_files(self) -> None:
+        self._file.seek(0)
+        start = self._file.read(len(_FIRST))
+        if not _FIRST.startswith(start) and set(start) != {0}:
+            msg = f"{self.path} holds something else than results of `metarefine watch`. Pass another file as --out."
+            raise ValueError(msg)
+
+    def _cut_torn_line(self) -> int:
+        """Cut off what follows the last end of a line."""
+        size = end = self._file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            self._file.seek(start)
+            newline = self._file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        self._file.truncate(end)
+        self._dirty = size > end
+        return size - end
+
+
+class Printer:
+    """Lines to standard output: nothing is remembered."""
+
+    def append(self, *records: dict[str, Any]) -> None:
+        """Write records at once."""
+        sys.stdout.buffer.write(encode(*records))
+        sys.stdout.buffer.flush()
+
+    def sync(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def encode(*records: dict[str, Any]) -> bytes:
+    r"""JSON lines.
+
+    ASCII only: a file name that is no valid UTF-8 comes through too.
+
+    Example:
+        >>> encode({"path": "ä.png", "score": 0.5})
+        b'{"path": "\\u00e4.png", "score": 0.5}\n'
+    """
+    return b"".join(json.dumps(record, allow_nan=False).encode("ascii") + b"\n" for record in records)
+
+
+def _lock(file: Path, results: Path) -> int:
+    """Lock a file for this process, until it ends, however it ends."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise
+        msg = f"Another `metarefine watch` writes to {results}. Stop it first, or pass another file as --out."
+        raise ValueError(msg) from error
+    return descriptor

@@ -1,0 +1,318 @@
+"""An exported model in plain OpenVINO: the computer on the line needs neither torch nor anomalib."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import math
+import time
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from weakref import WeakSet
+
+import numpy as np
+import openvino as ov
+from openvino.preprocess import PrePostProcessor
+from PIL import Image
+
+from anomalib_metarefine.deploy.sidecar import SIDECAR, Sidecar, file_hash, read_sidecar, verify_files
+
+DECISIONS = ("normal", "anomalous", "uncertain")
+_MODEL_FILES = {"openvino": "model.xml", "onnx": "model.onnx"}
+_SIZES_KEPT = 4  # image sizes with a network of their own; a line has one or two
+
+
+class UnreadableImageError(ValueError):
+    """A file that is there, but is no image, or not the whole of one."""
+
+
+class Prediction(NamedTuple):
+    """What the model says about an image.
+
+    Attributes:
+        score (float): Image score in [0, 1]; the exported threshold is 0.5.
+        raw_score (float | None): In the unit of ``metadata.json``. Where ``score`` is 0 or 1 the graph has clamped it,
+            and this is the limit, not the score. ``None`` without ``metadata.json``, or if it names no threshold.
+        anomalous (bool): What the graph itself says, ``pred_label``.
+        decision (str): ``"normal"``, ``"anomalous"`` or ``"uncertain"``.
+        anomaly_map (np.ndarray | None): ``[h, w]`` float32 in [0, 1] at the model's resolution, where asked for.
+        latency_s (float): Seconds from handing over the pixels to the answer.
+    """
+
+    score: float
+    raw_score: float | None
+    anomalous: bool
+    decision: str
+    anomaly_map: np.ndarray | None
+    latency_s: float
+
+
+_alive: WeakSet[Detector] = WeakSet()
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    """An answer that comes while Python shuts down would abort the process, and spoil its exit code."""
+    for detector in list(_alive):
+        detector.wait()
+
+
+@dataclass
+class _Network:
+    """The model at one image size."""
+
+    request: ov.InferRequest
+    queue: ov.AsyncInferQueue
+
+
+class Detector:
+    """A deployed model.
+
+    For each image size met, a network of that static shape is compiled (a third of a second) and kept: with free sizes
+    OpenVINO works out all shapes anew for every image. Not to be shared between threads.
+
+    Args:
+        folder (str | Path): With ``model.xml`` and ``model.bin``, or ``model.onnx``, and ``metadata.json``. Without
+            the last, decisions are those of the graph, there are no raw scores, and no image is uncertain.
+        device (str): OpenVINO's name of it.
+        precision (str): ``"f32"`` scores like the checkpoint; ``"bf16"`` or ``"f16"`` are quicker where the processor
+            has them, and move the scores (docs/deployment.md).
+        streams (int): Images inferred at the same time by `submit`. One gives the lowest latency.
+        threads (int | None): Processor threads for all of them; ``None`` leaves it to OpenVINO.
+        verify (bool): Compare the files with the SHA-256 in ``metadata.json``.
+
+    Attributes:
+        sidecar (Sidecar | None): The content of ``metadata.json``.
+        threshold (float | None): Raw score above which an image is anomalous.
+        uncertain (tuple[float, float] | None): Raw scores between which a person should look.
+        calibration (dict[str, Any] | None): How the threshold was chosen, with quantiles of normal images' raw scores.
+
+    Raises:
+        FileNotFoundError: If there is no model in the folder.
+        ValueError: If a file is not the one that was exported, or the graph is not a detector.
+
+    Example:
+        >>> detector = Detector("weights/openvino")  # doctest: +SKIP
+        >>> detector.predict(read_image("part.png")).decision  # doctest: +SKIP
+        'normal'
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str = "CPU",
+        precision: str = "f32",
+        streams: int = 1,
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        if streams < 1:
+            msg = f"streams must be at least 1, found {streams}."
+            raise ValueError(msg)
+        self.folder, self.device, self.streams = Path(folder), device, streams
+        self.sidecar = read_sidecar(self.folder) if (self.folder / SIDECAR).is_file() else None
+        self.file = _model_file(self.folder, self.sidecar)
+        if verify and self.sidecar is not None:
+            verify_files(self.folder, self.sidecar)
+        self._core = ov.Core()
+        self._model = _read(self._core, self.file)
+        self._config = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": str(streams)}
+        self._config["PERFORMANCE_HINT"] = "LATENCY" if streams == 1 else "THROUGHPUT"
+        if threads is not None:
+            self._config["INFERENCE_NUM_THREADS"] = str(threads)
+        self._networks: OrderedDict[tuple[int, int], _Network] = OrderedDict()
+        _alive.add(self)
+
+        score = self.sidecar.image_score if self.sidecar else {}
+        known = all(score.get(key) is not None for key in ("threshold", "minimum", "maximum"))
+        self.threshold: float | None = score["threshold"] if known else None
+        self.calibration: dict[str, Any] | None = self.sidecar.calibration if known else None
+        band = (self.calibration or {}).get("uncertain")
+        self.uncertain = (float(band["lower"]), float(band["upper"])) if band else None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the model's files and its metadata: another one is another detector."""
+        files = sorted({self.file, self.file.with_suffix(".bin"), self.folder / SIDECAR})
+        content = {file.name: file_hash(file) for file in files if file.is_file()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def predict(self, image: np.ndarray, anomaly_map: bool = False) -> Prediction:
+        """Score one image.
+
+        Args:
+            image (np.ndarray): ``[H, W, 3]`` uint8, RGB, as `read_image` gives it.
+            anomaly_map (bool): Give the map too.
+
+        Raises:
+            ValueError: If the image is of another shape or type, or of a size the model doesn't take.
+        """
+        request = self._network(image).request
+        start = time.perf_counter()
+        request.infer({0: image[None]})
+        return self._prediction(request, anomaly_map, time.perf_counter() - start)
+
+    def submit(self, image: np.ndarray, anomaly_map: bool = False) -> Future[Prediction]:
+        """Score one image while others are being scored; waits while all streams are busy.
+
+        Args:
+            image (np.ndarray): As for `predict`. It is copied.
+            anomaly_map (bool): Give the map too.
+
+        Returns:
+            Future[Prediction]: Its ``result()`` waits for the answer.
+
+        Raises:
+            ValueError: As `predict`.
+        """
+        queue, future = self._network(image).queue, Future()
+        start = time.perf_counter()
+
+        def answer(request: ov.InferRequest) -> None:
+            try:
+                future.set_result(self._prediction(request, anomaly_map, time.perf_counter() - start))
+            except (
+                Exception
+            ) as error:  # an exception that leaves this thread would be lost, and the future wait forever
+                future.set_exception(error)
+
+        queue.start_async({0: image[None]}, answer)
+        return future
+
+    def wait(self) -> None:
+        """Wait for everything that was submitted."""
+        for network in self._networks.values():
+            network.queue.wait_all()
+
+    def decide(self, anomalous: bool, raw_score: float | None, threshold: float | None = None) -> str:
+        """The decision, with the graph's threshold or another.
+
+        Args:
+            anomalous (bool): What the graph says.
+            raw_score (float | None): Raw image score.
+            threshold (float | None): Raw threshold in place of the exported one; the band of uncertain scores moves
+                along.
+        """
+        if raw_score is None or self.threshold is None:
+            return "anomalous" if anomalous else "normal"
+        moved = 0.0 if threshold is None else threshold - self.threshold
+        if self.uncertain and self.uncertain[0] + moved <= raw_score <= self.uncertain[1] + moved:
+            return "uncertain"
+        if moved:
+            anomalous = raw_score > threshold
+        return "anomalous" if anomalous else "normal"
+
+    def _prediction(self, request: ov.InferRequest, anomaly_map: bool, latency: float) -> Prediction:
+        score = float(request.get_tensor("pred_score").data.reshape(-1)[0])
+        if not math.isfinite(score):
+            msg = f"The model gave the score {score}: it was exported before it was trained, or its files are damaged."
+            raise ValueError(msg)
+        anomalous = bool(request.get_tensor("pred_label").data.reshape(-1)[0])
+        raw = self.sidecar.raw_score(score) if self.threshold is not None else None
+        scores = request.get_tensor("anomaly_map").data if anomaly_map else None
+        scores = scores.reshape(scores.shape[-2:]).copy() if scores is not None else None
+        return Prediction(score, raw, anomalous, self.decide(anomalous, raw), scores, latency)
+
+    def _network(self, image: np.ndarray) -> _Network:
+        """The network of the image's size; the one unused for longest makes room for a new one."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            msg = f"Expected an image [H, W, 3] of uint8, found {list(image.shape)} of {image.dtype}. See read_image."
+            raise ValueError(msg)
+        size = image.shape[:2]
+        if size not in self._networks:
+            compiled = self._compile(size)
+            if len(self._networks) >= _SIZES_KEPT:
+                _, oldest = self._networks.popitem(last=False)
+                oldest.queue.wait_all()
+            queue = ov.AsyncInferQueue(compiled, self.streams)
+            queue.set_callback(lambda request, answer: answer(request))
+            self._networks[size] = _Network(compiled.create_infer_request(), queue)
+        self._networks.move_to_end(size)
+        return self._networks[size]
+
+    def _compile(self, size: tuple[int, int]) -> ov.CompiledModel:
+        """The model at a static image size, from uint8 pixels on: conversion and scaling are part of the graph."""
+        model = self._model.clone()
+        accepts = self.sidecar.input.get("accepts", "any") if self.sidecar else "any"
+        taken = ov.PartialShape([1, 3, *(accepts if accepts != "any" else (-1, -1))])
+        for shape in (taken, model.input(0).partial_shape):
+            if not shape.compatible(ov.PartialShape([1, 3, *size])):
+                msg = f"The model takes images of {shape[2]} x {shape[3]} pixels, found {size[0]} x {size[1]}. "
+                msg += "Resize them as for the training, or export the model for any size."
+                raise ValueError(msg)
+        steps = PrePostProcessor(model)
+        steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
+        steps.input().model().set_layout(ov.Layout("NCHW"))
+        steps.input().preprocess().convert_element_type(ov.Type.f32).scale(255.0)
+        model = steps.build()
+        try:
+            model.reshape([1, *size, 3])
+            return self._core.compile_model(model, self.device, self._config)
+        except RuntimeError as error:
+            msg = f"The model can't be compiled for images of {size[0]} x {size[1]} on {self.device}: {_short(error)}"
+            raise ValueError(msg) from error
+
+
+def read_image(source: str | Path | BinaryIO) -> np.ndarray:
+    """Read an image exactly as anomalib reads it for training.
+
+    By Pillow, and with the same call: OpenCV decodes JPEG differently by a few grey levels, turns images by their EXIF
+    tag and reads 16-bit images otherwise, and each of these would make the line see other images than the training
+    saw. So grey becomes RGB, an alpha channel is dropped, 16 bits are converted as Pillow does, a turn in EXIF is
+    ignored.
+
+    Args:
+        source (str | Path | BinaryIO): File, or its content.
+
+    Returns:
+        np.ndarray: ``[H, W, 3]`` uint8, RGB.
+
+    Raises:
+        OSError: If the file can't be opened.
+        UnreadableImageError: If it is empty, truncated or no image.
+    """
+    try:
+        with Image.open(source) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise many kinds
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        name = source if isinstance(source, str | Path) else getattr(source, "name", "The data")
+        msg = f"{name} can't be read as an image: {_short(error)}"
+        raise UnreadableImageError(msg) from error
+
+
+def _model_file(folder: Path, sidecar: Sidecar | None) -> Path:
+    kind = sidecar.model.get("format") if sidecar else None
+    names = [_MODEL_FILES[kind]] if kind in _MODEL_FILES else list(_MODEL_FILES.values())
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+    msg = f"No model in {folder}: expected {' or '.join(names)}, found {', '.join(found[:10]) or 'nothing'}. "
+    msg += "Export one with `anomalib export --model MetaRefine --export_type openvino`, and pass the folder it is in."
+    raise FileNotFoundError(msg)
+
+
+def _read(core: ov.Core, file: Path) -> ov.Model:
+    try:
+        model = core.read_model(file)
+    except RuntimeError as error:
+        msg = f"{file} can't be read as a model: {_short(error)}. Copy it again, with all files beside it."
+        raise ValueError(msg) from error
+    found = {name for output in model.outputs for name in output.get_names()}
+    missing = {"pred_score", "pred_label", "anomaly_map"} - found
+    if missing or len(model.inputs) != 1:
+        msg = f"{file} is not a detector that anomalib exported: the outputs {', '.join(sorted(missing))} are missing."
+        raise ValueError(msg)
+    return model
+
+
+def _short(error: Exception) -> str:
+    """The last line: OpenVINO's errors begin with where in its sources they were raised."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

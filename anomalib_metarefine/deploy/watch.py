@@ -1,0 +1,316 @@
+"""Inference on images as they arrive: one JSON line per image, none twice, none lost."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from anomalib_metarefine import __version__
+from anomalib_metarefine.deploy.arrivals import Arrival, Folder, Lines, Rules, Seen
+from anomalib_metarefine.deploy.journal import Journal, Printer, Results
+from anomalib_metarefine.deploy.monitor import Monitor, Recovery
+from anomalib_metarefine.deploy.overlay import write_overlay
+from anomalib_metarefine.deploy.pipeline import ChangingFileError, Job, Pipeline
+from anomalib_metarefine.deploy.runtime import DECISIONS, Detector
+from anomalib_metarefine.deploy.stopping import stop_on_signals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.status import Status
+
+STANDARD = "-"  # standard input or output in place of a path
+_STATE_EVERY = 1_000  # images from one saved state of the monitor to the next
+_LATENCIES = 1_000  # of the last images, for the summary
+_NAP_S = 0.1  # at most, so that a signal to stop is soon seen
+_TELL_S = 0.5  # between updates of the line on the screen
+_LISTING_SHARE = 4  # the pause is this many times what listing the folder took
+
+
+@dataclass
+class WatchSettings:
+    """How to watch.
+
+    Attributes:
+        once (bool): End when the images that are there are done.
+        poll (float): Seconds between looks at the folder.
+        rules (Rules): When a file is taken.
+        heatmaps (Path | None): Folder for overlays.
+        heatmaps_of (str): ``"anomalous"`` (and uncertain) images or ``"all"``.
+        drift (dict[str, Any] | None): Settings of the drift monitor; ``None`` switches it off.
+        dynamic_threshold (tuple[float, float] | None): Raw scores that the threshold may move between.
+        remember (int): Images to know again; more than the folder ever holds. About 150 bytes each.
+    """
+
+    once: bool = False
+    poll: float = 0.5
+    rules: Rules = field(default_factory=Rules)
+    heatmaps: Path | None = None
+    heatmaps_of: Literal["anomalous", "all"] = "anomalous"
+    drift: dict[str, Any] | None = field(default_factory=dict)
+    dynamic_threshold: tuple[float, float] | None = None
+    remember: int = 1_000_000
+
+    def of_monitor(self) -> dict[str, Any]:
+        """What scores of earlier runs must have in common with this one's, for the monitor to go on from them."""
+        limits = self.dynamic_threshold
+        return {"drift": self.drift, "dynamic_threshold": list(limits) if limits is not None else None}
+
+
+@dataclass
+class Summary:
+    """What was done since the start.
+
+    Attributes:
+        decisions (Counter[str]): Images by decision, those that can't be read as ``"unreadable"``.
+        before (int): Images that an earlier run had done.
+        events (Counter[str]): Events of drift and threshold.
+        latencies (deque[float]): Of the last images, in milliseconds.
+        started (float): On the clock of ``time.monotonic``.
+    """
+
+    decisions: Counter[str] = field(default_factory=Counter)
+    before: int = 0
+    events: Counter[str] = field(default_factory=Counter)
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
+    started: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        total = self.decisions.total()
+        text = f"{total} image{'' if total == 1 else 's'} in {time.monotonic() - self.started:.0f} s"
+        for decision in (*DECISIONS, "unreadable"):
+            text += f", {self.decisions[decision]} {decision}"
+        if self.latencies:
+            p50, p95 = np.percentile(self.latencies, [50, 95])
+            text += f"; inference p50 {p50:.1f} ms, p95 {p95:.1f} ms"
+        for event, count in self.events.items():
+            text += f"; {count} {event} event{'s' if count > 1 else ''}"
+        return text
+
+
+def watch(detector: Detector, source: str | Path, out: str | Path, settings: WatchSettings | None = None) -> Summary:
+    """Process images as they arrive, until SIGTERM, SIGINT, the end of standard input, or once.
+
+    Args:
+        detector (Detector): The model.
+        source (str | Path): Folder, or ``"-"`` for paths on standard input.
+        out (str | Path): Results file, or ``"-"`` for standard output. A results file that is there is gone on with.
+        settings (WatchSettings | None): How to.
+
+    Returns:
+        Summary: Of this run.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If another process writes to the results file, or the settings contradict each other.
+        OSError: If results can't be written.
+    """
+    settings = settings or WatchSettings()
+    _check(source, settings)
+    results: Results = Printer() if str(out) == STANDARD else Journal(Path(out))
+    try:
+        return _Watch(detector, source, results, settings).run()
+    finally:
+        results.close()
+
+
+class _Watch:
+    """One run of `watch`."""
+
+    def __init__(self, detector: Detector, source: str | Path, results: Results, settings: WatchSettings) -> None:
+        self._detector, self._results, self._settings = detector, results, settings
+        self._summary, self._seen = Summary(), Seen(settings.remember)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        done = self._seen.__contains__
+        if str(source) == STANDARD:
+            self._source: Folder | Lines = Lines(sys.stdin.fileno(), settings.rules, done)
+        else:
+            self._source = Folder(Path(source), settings.rules, done, settings.once)
+        self._monitor = Monitor(detector, settings.drift, settings.dynamic_threshold)
+        self._since_state, self._done, self._told, self._reachable = 0, 0, 0.0, True
+
+    def run(self) -> Summary:
+        with stop_on_signals() as stopped:
+            self._resume()
+            pipeline = Pipeline(self._detector, self._finish, anomaly_maps=self._settings.heatmaps is not None)
+            try:
+                with self._console.status("waiting for images") as status:
+                    self._loop(pipeline, stopped, status)
+            finally:
+                pipeline.close()
+            if self._since_state:
+                self._results.append(self._state())
+            self._results.sync()
+        self._say(str(self._summary))
+        return self._summary
+
+    def _loop(self, pipeline: Pipeline, stopped: Callable[[], bool], status: Status) -> None:
+        while not stopped():
+            start, done = time.monotonic(), self._done
+            arrivals = self._source.ready()
+            pause = max(self._settings.poll, _LISTING_SHARE * (time.monotonic() - start))
+            self._tell_trouble()
+            for arrival in arrivals:
+                if stopped():
+                    break
+                pipeline.push(arrival)
+                self._tell(status)
+            pipeline.flush()
+            self._tell(status)
+            self._results.sync()
+            if self._source.exhausted:
+                break
+            if self._done == done:  # else more may have come in the meantime
+                end = time.monotonic() + pause
+                while not stopped() and not self._source.stirred and (rest := end - time.monotonic()) > 0:
+                    time.sleep(min(rest, _NAP_S))
+
+    def _resume(self) -> None:
+        """Take up what earlier runs left in the results file."""
+        run = {"model": self._detector.fingerprint, "settings": self._settings.of_monitor()}
+        events = []
+        if isinstance(self._results, Journal):
+            recovery = Recovery(run)
+            for record in self._results.records():
+                recovery.take(record)
+                if "path" in record:
+                    self._seen.add(Arrival(record["path"], record["size"], record["mtime_ns"]))
+            events = self._recover(recovery)
+            if self._results.cut:
+                self._say(f"A torn last line ({self._results.cut} bytes) was cut off; its image is processed again.")
+            if self._results.damaged:
+                self._say(f"Warning: {self._results.damaged} damaged lines; their images are processed again.")
+        self._summary.before = len(self._seen)
+        self._results.append({"event": "start", "time": now(), **run, "version": __version__}, *events)
+        if self._summary.before:
+            self._say(f"Going on after {self._summary.before} images.")
+        if self._settings.drift is not None and self._monitor.drifted is None:
+            self._say("No drift monitor: the model was not calibrated, so it doesn't know what scores to expect.")
+
+    def _recover(self, recovery: Recovery) -> list[dict[str, Any]]:
+        try:
+            return [{**event, "time": now()} for event in recovery.apply(self._monitor)]
+        except (ValueError, KeyError, TypeError) as error:
+            self._say(f"Warning: the monitor starts afresh, as its saved state can't be used: {error}")
+            self._monitor = Monitor(self._detector, self._settings.drift, self._settings.dynamic_threshold)
+            return []
+
+    def _finish(self, job: Job) -> None:
+        """Write an image's line, or leave it for another try."""
+        if job.error is not None:
+            if isinstance(job.error, ChangingFileError) or not self._source.gives_up(job.arrival, job.error):
+                return
+            self._summary.decisions["unreadable"] += 1
+            self._results.append({**_about(job), "decision": None, "error": _why(job.error), "time": now()})
+            self._note(job)
+            return
+        prediction, threshold = job.prediction, self._monitor.threshold
+        decision = self._detector.decide(prediction.anomalous, prediction.raw_score, threshold)
+        line = {
+            **_about(job),
+            "score": prediction.score,
+            "raw_score": prediction.raw_score,
+            "threshold": threshold,
+            "decision": decision,
+            "latency_ms": round(1e3 * prediction.latency_s, 3),
+        }
+        heatmap = self._heatmap(job, decision)
+        events = [{**event, "time": now()} for event in self._monitor.update(prediction.raw_score)]
+        line |= {"drift": self._monitor.drifted, "time": now()} | ({"heatmap": heatmap} if heatmap else {})
+        self._since_state += self._monitor.drifted is not None
+        state = [self._state()] if self._since_state >= _STATE_EVERY else []
+        self._results.append(line, *events, *state)
+        self._note(job)
+        self._summary.decisions[decision] += 1
+        self._summary.latencies.append(line["latency_ms"])
+        for event in events:
+            self._tell_event(event)
+
+    def _note(self, job: Job) -> None:
+        self._seen.add(job.arrival)
+        self._done += 1
+
+    def _heatmap(self, job: Job, decision: str) -> str | None:
+        folder = self._settings.heatmaps
+        if folder is None or (self._settings.heatmaps_of == "anomalous" and decision == "normal"):
+            return None
+        file = folder / f"{Path(job.arrival.path).stem}-{job.sha256[:12]}.png"
+        try:
+            write_overlay(file, job.image, job.prediction.anomaly_map)
+        except OSError as error:  # the decision matters more
+            self._say(f"Warning: no heat map: {error}")
+            return None
+        return str(file)
+
+    def _state(self) -> dict[str, Any]:
+        self._since_state = 0
+        return {"event": "state", "monitor": self._monitor.to_dict()}
+
+    def _tell_event(self, event: dict[str, Any]) -> None:
+        self._summary.events[event["event"]] += 1
+        if event["event"] == "threshold":
+            text = f"The threshold moved from {event['old']:.6g} to {event['new']:.6g}: {event['reason']}."
+        elif event["drifted"]:
+            lower, median, upper = event["quartiles"]
+            text = f"Warning: scores have drifted {event['direction']} since image {event['since']}: "
+            text += f"median {median:.6g}, quartiles {lower:.6g} and {upper:.6g} of the last {event['images']} images."
+        else:
+            text = f"The drift has ended, at image {event['count']}."
+        self._say(text)
+
+    def _tell_trouble(self) -> None:
+        if self._source.reachable != self._reachable:
+            self._reachable = self._source.reachable
+            self._say("The folder is there again." if self._reachable else "Warning: the folder is gone; waiting.")
+        listed, most = self._source.listed, self._settings.remember
+        if listed > most:
+            msg = f"The folder holds {listed} images, more than are remembered ({most}), so some would be processed "
+            msg += "twice. Move images that are done away, or pass a larger --remember."
+            raise ValueError(msg)
+
+    def _tell(self, status: Status) -> None:
+        """Bring the line on the screen up to date, now and then."""
+        if time.monotonic() - self._told > _TELL_S:
+            self._told = time.monotonic()
+            status.update(Text(str(self._summary)))
+
+    def _say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+
+def now() -> str:
+    """The time as ISO 8601, in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _about(job: Job) -> dict[str, Any]:
+    return {**job.arrival._asdict(), "sha256": job.sha256}
+
+
+def _why(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _check(source: str | Path, settings: WatchSettings) -> None:
+    for name, value in [
+        ("poll", settings.poll),
+        ("settle", settings.rules.settle),
+        ("patience", settings.rules.patience),
+    ]:
+        if not value >= 0:
+            msg = f"{name} must be at least 0 seconds, found {value}."
+            raise ValueError(msg)
+    if settings.heatmaps is not None:
+        settings.heatmaps.mkdir(parents=True, exist_ok=True)
+        if str(source) != STANDARD and settings.heatmaps.resolve().is_relative_to(Path(source).resolve()):
+            msg = f"The heat maps' folder {settings.heatmaps} lies in {source}: they would be taken for images."
+            raise ValueError(msg)

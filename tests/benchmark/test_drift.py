@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+
+from anomalib_metarefine.benchmark import drift
+from anomalib_metarefine.benchmark.drift import DEFECTIVE, GOOD, Lines, delay_rows, main, markdown, turns
+
+
+@pytest.fixture
+def scores() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    good = rng.normal(0, 1, 300)
+    return {GOOD: good, "far": good + 4, "same": good.copy(), DEFECTIVE: rng.normal(8, 1, 50)}
+
+
+def lines(scores, **given) -> Lines:
+    return Lines(scores, **{"images": 200, "rate": 0.01, "horizon": 10_000, "rng": np.random.default_rng(0)} | given)
+
+
+def test_streams_hold_the_stated_share_of_defects(scores):
+    drawn = lines(scores)._draw(GOOD, 20_000, 0.05)
+    assert np.isin(drawn, scores[DEFECTIVE]).mean() == pytest.approx(0.05, abs=0.01)
+    assert np.isin(lines(scores)._draw("far", 100), scores["far"]).all()
+
+
+def test_delay_counts_from_the_turn(scores):
+    early, late = (lines(scores).delays("far", 5, before, 100) for before in (0, 300))
+    assert ((early > 0) & (early < 40)).all()
+    assert ((late > 0) & (late < 40)).all()
+    assert (lines(scores).delays("same", 3, 50, 200) == drift._FAR).all()
+
+
+def test_false_alarms_count_streams(scores):
+    assert lines(scores).false_alarms(5, 200, 0.05) == 0
+    assert lines(scores).false_alarms_of_halves(5, 200, 0.05) == 0
+    careless = lines(scores, rate=0.99, horizon=1)
+    assert careless.false_alarms(5, 400, 0.0) == 5
+    assert careless.false_alarms_of_halves(5, 400, 0.0) == 5
+
+
+def test_rows_name_every_turn(scores):
+    rows = delay_rows(scores, 200, 4, [0, 100], 150, seed=0)
+    assert [row[0] for row in rows] == ["far", "same"]
+    assert "100% found" in rows[0][3]
+    assert rows[1][3] == "0% found"
+
+
+def test_command_reads_scores_that_are_there(scores, tmp_path, capsys):
+    np.savez(tmp_path / "scores.npz", **scores)
+    small = ["--streams", "2", "--length", "100", "--turned", "2", "--references", "100", "--before", "0"]
+    assert main(["--scores", str(tmp_path / "scores.npz"), *small, "--after", "60"]) == 0
+    text = capsys.readouterr().out
+    assert "300 good and 50 defective" in text
+    assert "| far | " in text
+
+
+def test_command_says_what_is_wrong(tmp_path, capsys):
+    assert main(["--scores", str(tmp_path / "none.npz"), "--data", str(tmp_path)]) == 2
+    assert "drift: " in capsys.readouterr().err
+
+
+def test_turns_keep_shape_and_range():
+    torch = pytest.importorskip("torch")
+    image = torch.rand(3, 20, 30)
+    for name, turn in turns().items():
+        turned = turn(image)
+        assert turned.shape == image.shape, name
+        assert 0 <= turned.min() <= turned.max() <= 1
+        assert not torch.equal(turned, image)
+
+
+def test_markdown():
+    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -1,0 +1,120 @@
+"""Thresholds without defects: set by the training itself, and from images by `calibrate`."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anomalib_metarefine import MetaRefine
+from anomalib_metarefine.cli import main
+from anomalib_metarefine.model.calibration import calibrate_checkpoint, calibrate_model, load_model, raw_scores
+from anomalib_metarefine.model.export import describe
+from tests.conftest import folder, part
+from tests.model.test_lightning_model import SMALL, engine, trained
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A checkpoint of a model trained on 24 plates and never validated, and 60 new plates."""
+    root = tmp_path_factory.mktemp("calibration")
+    rng = np.random.default_rng(0)
+    for name, count, defect in [("train/good", 24, False), ("test/good", 4, False), ("test/blob", 4, True)]:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            part(rng, defect=defect).save(root / name / f"{i:03d}.png")
+    (root / "new").mkdir()
+    for i in range(60):
+        part(rng).save(root / "new" / f"{i:03d}.png")
+    runner = engine(root, limit_val_batches=0)
+    runner.fit(MetaRefine(**SMALL), datamodule=folder(root))
+    return runner.trainer.checkpoint_callback.best_model_path, sorted((root / "new").iterdir()), root
+
+
+def test_a_model_has_a_threshold_without_validation(fitted):
+    checkpoint, new, root = fitted
+    model = load_model(checkpoint)
+    scores = raw_scores(model, new).image
+    assert (scores > model.post_processor.image_threshold.item()).mean() <= 0.05
+    defects = raw_scores(model, sorted((root / "test" / "blob").iterdir())).image
+    assert (defects > model.post_processor.image_threshold.item()).all()
+    assert model.calibration["source"].startswith("leave-one-out")
+    assert model.calibration["images"] == 24
+
+
+def test_a_validation_replaces_it(datamodule, tmp_path):
+    model, runner = trained(datamodule, tmp_path)
+    graph = tmp_path / "model.pt"
+    graph.touch()
+    assert json.loads(describe(model, graph, "torch", "FP32", None).read_text())["calibration"] is None
+    runner.validate(model, datamodule=datamodule)
+    calibrate_model(model)
+    assert json.loads(describe(model, graph, "torch", "FP32", None).read_text())["calibration"]["images"] == 24
+
+
+def test_calibrated_checkpoint(fitted, tmp_path):
+    checkpoint, new, _ = fitted
+    out = tmp_path / "new" / "calibrated.ckpt"
+    found = calibrate_checkpoint(checkpoint, out, new, false_alarm_rate=0.1, confidence=0.9)
+    model = load_model(out)
+    scores = raw_scores(model, new)
+    assert model.post_processor.image_threshold.item() == pytest.approx(found.threshold)
+    assert (scores.image > found.threshold).mean() <= 0.1
+    assert (scores.pixel > model.post_processor.pixel_threshold.item()).mean() <= 0.1
+    assert model.calibration["threshold"] == found.threshold
+    assert found.method == "order statistic"
+    before = load_model(checkpoint)
+    image = torch.rand(2, 3, 96, 96)
+    assert torch.equal(model.model(image).pred_score, before.model(image).pred_score)
+    assert model.refinement == before.refinement
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        calibrate_checkpoint(checkpoint, out, new)
+
+
+def test_normal_images_are_not_clamped(fitted):
+    checkpoint, new, _ = fitted
+    model = load_model(checkpoint)
+    calibrate_model(model, new)
+    images = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in new])
+    with torch.no_grad():
+        scores = model(images.permute(0, 3, 1, 2).float() / 255).pred_score
+    assert 0 < scores.min() < scores.max() < 1
+
+
+def test_training_and_unreadable_images_are_left_out(fitted, tmp_path, caplog):
+    checkpoint, new, root = fitted
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(new[0].read_bytes()[:100])
+    with caplog.at_level(logging.WARNING):
+        found = calibrate_model(load_model(checkpoint), [*new, broken, *(root / "train" / "good").iterdir()])
+    assert found.images == 60
+    assert "24 images are left out: the model was trained on them" in caplog.text
+    assert "broken.png is left out" in caplog.text
+
+
+def test_what_cant_be_calibrated(fitted, datamodule, tmp_path):
+    checkpoint, new, _ = fitted
+    model = load_model(checkpoint)
+    with pytest.raises(ValueError, match="20"):
+        calibrate_model(model, new[:5])
+    model.settings = model.settings.__class__(shrinkage=1.0)
+    with pytest.raises(ValueError, match="shrinkage=1"):
+        calibrate_model(model)
+    model.post_processor = None
+    with pytest.raises(ValueError, match="no post-processor"):
+        calibrate_model(model, new)
+
+
+def test_command(fitted, tmp_path, capsys):
+    checkpoint, new, _ = fitted
+    out = tmp_path / "calibrated.ckpt"
+    assert main(["calibrate", checkpoint, "--data", str(new[0].parent), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "from 60 images" in told
+    assert "so few images can't promise it" in told
+    assert main(["calibrate", checkpoint, "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["calibrate", str(new[0]), "--out", str(tmp_path / "x.ckpt")]) == 2
+    assert "not a checkpoint of MetaRefine" in capsys.readouterr().err
