@@ -60,8 +60,8 @@ class Calibration:
         confidence (float): That of the bound.
         bound (float): The smallest rate that the images can promise at this threshold with this confidence, whatever
             the distribution of the scores. At most `false_alarm_rate` if the method is ``"order statistic"``.
-        images (int): Scores given.
-        set_aside (int): Scores taken as those of defective images.
+        images (int): Scores given, and images left out before.
+        set_aside (int): How many of them were taken for defective.
         method (Literal["order statistic", "iqr"]): Which threshold it is.
         factor (float): Inter-quartile ranges from the upper quartile to the threshold.
         uncertain (Uncertain): The reject option.
@@ -96,6 +96,7 @@ def calibrate(
     false_alarm_rate: float = 0.01,
     confidence: float = 0.95,
     uncertain_share: float = 0.02,
+    left_out: int = 0,
 ) -> Calibration:
     """Choose the threshold.
 
@@ -106,6 +107,8 @@ def calibrate(
         false_alarm_rate (float): Largest share of normal images above the threshold, in (0, 0.5).
         confidence (float): Probability, over the images drawn, that the promise is kept, in [0.5, 1).
         uncertain_share (float): Share of normal images that a person may be asked about, in (0, 0.5).
+        left_out (int): Images that were taken for defective before, and whose scores are not given. They count as set
+            aside, and a tenth of them as normal images above the threshold.
 
     Returns:
         Calibration: Invariant to the order of the scores; moves with a shift and a positive scale of them.
@@ -125,8 +128,8 @@ def calibrate(
     """
     _check_settings(false_alarm_rate, confidence, uncertain_share)
     ordered = np.sort(_checked_scores(scores))
-    aside = _count_defective(ordered, _Tail.fit(ordered))
-    kept = ordered[: len(ordered) - aside]
+    kept = ordered[: len(ordered) - _count_defective(ordered, _Tail.fit(ordered))]
+    aside = len(ordered) - len(kept) + left_out
     tail = _Tail.fit(kept)
     doubtful = math.ceil(_WRONG * aside)
     normal = len(kept) + doubtful
@@ -147,7 +150,7 @@ def calibrate(
         false_alarm_rate=false_alarm_rate,
         confidence=confidence,
         bound=rate_bound(above, normal, confidence),
-        images=len(ordered),
+        images=len(ordered) + left_out,
         set_aside=aside,
         method=method,
         factor=float((threshold - quantiles[75]) / (quantiles[75] - quantiles[25])),

@@ -115,7 +115,8 @@ def _other_origin(sidecar: Sidecar, model: MetaRefine) -> list[str]:
     for name, scale in zip(("image_score", "anomaly_map"), score_scales(model.post_processor), strict=True):
         deployed = getattr(sidecar, name)
         for key, value in scale.items():
-            if not np.isclose(deployed[key], value, rtol=1e-6):
+            recorded = np.nan if deployed[key] is None else deployed[key]
+            if not np.isclose(recorded, value, rtol=1e-6, equal_nan=True):
                 problems.append(f"{key} of {name} is {deployed[key]:g} in metadata.json, {value:g} in the checkpoint")
     for key, value in model.provenance.items():
         if sidecar.training.get(key) != value:

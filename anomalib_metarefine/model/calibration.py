@@ -76,7 +76,7 @@ def calibrate_model(
         paths (Sequence[str | Path] | None): Images taken as normal; up to a tenth may be defective. Those of the
             training are left out, since the model knows them, and so are unreadable ones, both with a warning. At most
             ``false_alarm_rate`` of normal images is then called anomalous, and at most as many have any pixel in their
-            mask. ``None`` takes the leave-one-out scores of the training images, dirty ones included, which are those
+            mask. ``None`` takes the leave-one-out scores of the training images that refinement kept, which are those
             of unseen images within the noise (docs/threshold.md); the mask's threshold is then that of the score.
         false_alarm_rate (float): See `calibrate`.
         confidence (float): See `calibrate`.
@@ -93,7 +93,8 @@ def calibrate_model(
         msg = "The model has no post-processor that could hold a threshold. Train it with post_processor=True."
         raise ValueError(msg)
     if paths is None:
-        image = pixel = calibrate(_training_scores(model), false_alarm_rate, confidence)
+        scores, rejected = _training_scores(model)
+        image = pixel = calibrate(scores, false_alarm_rate, confidence, left_out=rejected)
         source = "leave-one-out scores of the training images"
     else:
         scores = raw_scores(model, _usable(model, paths), progress)
@@ -167,14 +168,16 @@ def load_model(checkpoint: str | Path) -> MetaRefine:
     return model.eval()
 
 
-def _training_scores(model: MetaRefine) -> np.ndarray:
+def _training_scores(model: MetaRefine) -> tuple[np.ndarray, int]:
+    """Leave-one-out scores of the kept training images, and how many were rejected."""
     if model.refinement is None:
         msg = "The model does not know the scores of its training images. Pass images to calibrate on."
         raise ValueError(msg)
     if model.settings.shrinkage == 1:
         msg = "With shrinkage=1 the leave-one-out scores of the training are too low. Pass images to calibrate on."
         raise ValueError(msg)
-    return np.array(model.refinement.parts["likelihood"])
+    kept = np.array(model.refinement.kept)
+    return np.array(model.refinement.parts["likelihood"])[kept], int((~kept).sum())
 
 
 def _usable(model: MetaRefine, paths: Sequence[str | Path]) -> list[str]:

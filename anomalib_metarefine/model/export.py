@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils import read_image
+from anomalib.post_processing import PostProcessor
 from torch import nn
 from torchvision.transforms.v2 import Compose, Resize
 
@@ -24,14 +25,11 @@ if TYPE_CHECKING:
 
     import openvino as ov
     from anomalib.data import AnomalibDataModule
-    from anomalib.post_processing import PostProcessor
 
     from anomalib_metarefine.curation.refine import Refinement
     from anomalib_metarefine.model.lightning_model import MetaRefine
 
-logger = logging.getLogger(__name__)
-
-CALIBRATION_IMAGES = 300  # what NNCF recommends
+_CALIBRATION_IMAGES = 300  # what NNCF recommends
 _STEM = 3  # convolutions; quantising the first costs 1.7 points of image AUROC on ELPV mono, all after these nothing
 _PACKAGES = ("anomalib-metarefine", "anomalib", "torch", "openvino", "nncf", "onnx", "timm")
 
@@ -88,9 +86,9 @@ def score_scales(post_processor: PostProcessor) -> tuple[dict[str, float], dict[
 
 @contextmanager
 def exportable(model: MetaRefine) -> Iterator[None]:
-    """A model as it is exported: with its post-processor frozen."""
+    """A model as it is exported: with its post-processor frozen, if it is anomalib's own."""
     post_processor = model.post_processor
-    if post_processor is not None:
+    if type(post_processor) is PostProcessor:
         model.post_processor = FrozenPostProcessor(post_processor)
     try:
         yield
@@ -111,7 +109,8 @@ def describe(model: MetaRefine, path: Path, kind: str, precision: str, input_siz
     Returns:
         Path: Of the metadata.
     """
-    image_score, anomaly_map = score_scales(model.post_processor) if model.post_processor else ({}, {})
+    has_scales = isinstance(model.post_processor, PostProcessor)
+    image_score, anomaly_map = score_scales(model.post_processor) if has_scales else ({}, {})
     for scale, name in ((image_score, "image"), (anomaly_map, "pixel")):
         if scale:
             scale["normalized_threshold"] = float(getattr(model.post_processor, f"normalized_{name}_threshold"))
@@ -159,7 +158,7 @@ def data_hashes(refinement: Refinement, hashes: Mapping[str, str]) -> dict[str, 
 def _calibration_in_force(model: MetaRefine) -> dict[str, Any] | None:
     """How the threshold in the graph was chosen; ``None`` if by a validation since."""
     calibration, post_processor = model.calibration, model.post_processor
-    if calibration is None or post_processor is None:
+    if calibration is None or not isinstance(post_processor, PostProcessor):
         return None
     return calibration if np.isclose(calibration["threshold"], post_processor.image_threshold.item()) else None
 
@@ -228,7 +227,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def calibration_images(model: MetaRefine, datamodule: AnomalibDataModule | None) -> list[str]:
-    """Paths of up to `CALIBRATION_IMAGES` kept training images, spread evenly over their names.
+    """Paths of up to 300 kept training images, spread evenly over their names.
 
     Raises:
         ValueError: If none of them is there.
@@ -247,7 +246,7 @@ def calibration_images(model: MetaRefine, datamodule: AnomalibDataModule | None)
         where = f" (the first was {refinement.paths[0]})" if refinement else ""
         msg = f"INT8 needs training images to calibrate on, and none is where it was in training{where}. Pass --data."
         raise ValueError(msg)
-    picks = np.linspace(0, len(paths) - 1, min(CALIBRATION_IMAGES, len(paths))).round().astype(int)
+    picks = np.linspace(0, len(paths) - 1, min(_CALIBRATION_IMAGES, len(paths))).round().astype(int)
     return [paths[i] for i in picks]
 
 

@@ -43,6 +43,7 @@ _PATCHES = 60_000  # for the whitening
 _FEW = 40  # images, where only an extrapolation is possible
 Scorer = Callable[[np.ndarray], np.ndarray]  # rows of a store to raw scores
 _SHARES = (0.0, 0.05, 0.1)
+_DIRTY = (0.2, 0.4)  # of training sets; no threshold can be calibrated on that, unless refinement cleans it first
 _RATES = (0.01, 0.05)
 
 
@@ -53,12 +54,14 @@ class Scores:
     Attributes:
         trained (np.ndarray): ``[N]``, of the training images, as the model scores them.
         left_out (np.ndarray): ``[N]``, of the same, each as if it had not been trained on.
+        kept (np.ndarray): ``[N]`` of bool, the training images that refinement kept.
         good (np.ndarray): Of the good images that were not trained on.
         defective (np.ndarray): Of the defective ones.
     """
 
     trained: np.ndarray
     left_out: np.ndarray
+    kept: np.ndarray
     good: np.ndarray
     defective: np.ndarray
 
@@ -96,13 +99,13 @@ def train(store: FeatureStore, defective: np.ndarray, images: int, share: float,
     dirty = round(share * images)
     rows = np.concatenate([good[: images - dirty], bad[:dirty]])
     fit = {"gaussian": _fit_gaussian, "metarefine": _fit_metarefine}[density]
-    score, left_out = fit(store, rows, seed)
+    score, left_out, kept = fit(store, rows, seed)
     # The good images that defective ones took the place of are not tested on: the test set is the same for every share.
-    return Scores(score(rows), left_out, score(good[images:]), score(bad[dirty:]))
+    return Scores(score(rows), left_out, kept, score(good[images:]), score(bad[dirty:]))
 
 
 @torch.no_grad()
-def _fit_gaussian(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray]:
+def _fit_gaussian(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray, np.ndarray]:
     settings = FitSettings()
     picked = store.images(rows.tolist())
     flat = picked.flatten(0, 1)
@@ -121,10 +124,10 @@ def _fit_gaussian(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Sco
             scores.append(image_score(bits_per_dimension(z, log_det), settings.tail))
         return torch.cat(scores).double().numpy()
 
-    return score, score(rows, leave_one_out=True)
+    return score, score(rows, leave_one_out=True), np.ones(len(rows), dtype=bool)
 
 
-def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray]:
+def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray, np.ndarray]:
     settings = FitSettings()
     training = FeatureStore(4096)
     training.add([f"{place:06d}" for place in range(len(rows))], store.images(rows.tolist()))
@@ -147,12 +150,14 @@ def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[S
             scores.append(image_score(bits_per_dimension(output.view_as(z), log_det), settings.tail))
         return torch.cat(scores).double().numpy()
 
-    return score, np.array(refinement.parts["likelihood"])
+    return score, np.array(refinement.parts["likelihood"]), np.array(refinement.kept)
 
 
-def judge(calibrated_on: np.ndarray, good: np.ndarray, defective: np.ndarray, rate: float) -> Outcome:
+def judge(
+    calibrated_on: np.ndarray, good: np.ndarray, defective: np.ndarray, rate: float, left_out: int = 0
+) -> Outcome:
     """Calibrate, and try the threshold on other images."""
-    found = calibrate(calibrated_on, rate)
+    found = calibrate(calibrated_on, rate, left_out=left_out)
     band = found.uncertain
     return Outcome(
         float((good > found.threshold).mean()),
@@ -198,8 +203,9 @@ def table(
 ) -> list[Scores]:
     """Print the table of one data set; return its clean trainings."""
     images = data.train_images or 0.6 * (~defective).sum()
+    shares = _SHARES + _DIRTY if density == "metarefine" else _SHARES
     by_share = {
-        share: [train(store, defective, int(images), share, seed, density) for seed in seeds] for share in _SHARES
+        share: [train(store, defective, int(images), share, seed, density) for seed in seeds] for share in shares
     }
     clean = by_share[0.0]
     half = len(clean[0].good) // 2
@@ -213,6 +219,11 @@ def table(
         for share, trained in by_share.items():
             outcomes = [judge(scores.left_out, scores.good, scores.defective, rate) for scores in trained]
             rows.append(row("training, left out", int(images), share, rate, outcomes))
+            if density == "metarefine":
+                outcomes = [
+                    judge(s.left_out[s.kept], s.good, s.defective, rate, left_out=int((~s.kept).sum())) for s in trained
+                ]
+                rows.append(row("training, left out, kept", int(images), share, rate, outcomes))
         outcomes = [judge(scores.trained, scores.good, scores.defective, rate) for scores in clean]
         rows.append(row("training, as scored", int(images), 0.0, rate, outcomes))
     print(f"\n{data.name}: {len(clean[0].good)} good images that were not trained on, {defective.sum()} defective\n")

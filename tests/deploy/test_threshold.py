@@ -207,3 +207,12 @@ def test_scores_that_cannot_be_used(values, message):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         calibrate(np.arange(50.0), **settings)
+
+
+def test_images_left_out_before_are_accounted_for():
+    scores = np.random.default_rng(0).normal(size=400)
+    alone, after = calibrate(scores), calibrate(scores, left_out=40)
+    assert (after.images, after.set_aside) == (440, 40)
+    assert after.bound == pytest.approx(rate_bound(4, 404, 0.95))
+    assert alone.bound < 0.01 < after.bound
+    assert after.threshold >= alone.threshold

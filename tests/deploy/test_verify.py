@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ from anomalib_metarefine.cli import main
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
 from anomalib_metarefine.deploy.sidecar import SIDECAR
 from anomalib_metarefine.deploy.verify import verify_deployment
+from anomalib_metarefine.model.calibration import raw_scores
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,17 @@ def test_decisions_that_differ_are_named(trained, cells, tmp_path):
     )
     assert found.decisions_differ
     assert any("decided differently" in problem for problem in found.problems)
+
+
+def test_a_ranking_that_suffers(trained, cells, monkeypatch):
+    """As INT8 might: single scores may move then, but not so that defects fall behind."""
+    paths = sorted(cells.rglob("*.png"))
+    moved = raw_scores(trained.model, paths)
+    defective = np.array([path.parent.name == "cracked" for path in paths])
+    better = moved._replace(image=moved.image * np.where(defective, 1.05, 0.95))
+    monkeypatch.setattr("anomalib_metarefine.deploy.verify.raw_scores", lambda *args, **settings: better)
+    found = verify_deployment(trained.folder, trained.checkpoint, paths, runs=2)
+    assert any(problem.startswith("image AUROC falls from") for problem in found.problems)
 
 
 def test_changed_files_are_refused(trained, cells, tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from anomalib_metarefine import MetaRefine
 from anomalib_metarefine.cli import main
+from anomalib_metarefine.deploy.threshold import calibrate
 from anomalib_metarefine.model.calibration import calibrate_checkpoint, calibrate_model, load_model, raw_scores
 from anomalib_metarefine.model.export import describe
 from tests.conftest import folder, part
@@ -44,6 +45,18 @@ def test_a_model_has_a_threshold_without_validation(fitted):
     assert model.calibration["images"] == 24
 
 
+def test_rejected_training_images_are_left_out_and_accounted_for(fitted):
+    model = load_model(fitted[0])
+    scores = np.array(model.refinement.parts["likelihood"])
+    rejected = np.argsort(scores)[-3:]
+    model.refinement.kept = [i not in rejected for i in range(len(scores))]
+    found = calibrate_model(model)
+    wanted = calibrate(np.delete(scores, rejected), left_out=3)
+    assert (found.threshold, found.bound, found.images, found.set_aside) == (
+        wanted.threshold, wanted.bound, 24, wanted.set_aside,
+    )  # fmt: skip
+
+
 def test_a_validation_replaces_it(datamodule, tmp_path):
     model, runner = trained(datamodule, tmp_path)
     graph = tmp_path / "model.pt"
@@ -73,13 +86,28 @@ def test_calibrated_checkpoint(fitted, tmp_path):
         calibrate_checkpoint(checkpoint, out, new)
 
 
+def test_the_mask_has_a_threshold_of_its_own(fitted):
+    checkpoint, new, _ = fitted
+    model = load_model(checkpoint)
+    calibrate_model(model, new, false_alarm_rate=0.1, confidence=0.9)
+    with torch.no_grad():
+        maps = torch.stack([model.model(image).anomaly_map for image in prepared(model, new)])
+    highest = maps.amax((1, 2, 3, 4)).double().numpy()
+    assert model.post_processor.pixel_threshold.item() == pytest.approx(calibrate(highest, 0.1, 0.9).threshold, rel=1e-4)
+
+
+def prepared(model, paths) -> list[torch.Tensor]:
+    images = [torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in paths]
+    return [model.pre_processor.transform(image.permute(2, 0, 1)[None].float() / 255) for image in images]
+
+
 def test_normal_images_are_not_clamped(fitted):
     checkpoint, new, _ = fitted
     model = load_model(checkpoint)
     calibrate_model(model, new)
-    images = torch.stack([torch.from_numpy(np.array(Image.open(path).convert("RGB"))) for path in new])
     with torch.no_grad():
-        scores = model(images.permute(0, 3, 1, 2).float() / 255).pred_score
+        raw = model.model(torch.cat(prepared(model, new)))
+    scores = model.post_processor(raw).pred_score
     assert 0 < scores.min() < scores.max() < 1
 
 
