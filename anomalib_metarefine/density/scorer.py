@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ROOT_BLOCKS = 4  # of a triangular matrix: 5/8 of its entries are left
 _NETWORK_SCALE = 0.1  # by which an `AllInOneBlock` multiplies what its network gives
-_COUPLING = ("weight_in", "bias_in", "weight_out", "bias_out", "gain")
+_COUPLING = ("weight_in", "bias_in", "weight_out", "bias_out", "log_gain")
 
 
 class PatchScorer(DynamicBufferMixin, nn.Module):
@@ -42,7 +42,7 @@ class PatchScorer(DynamicBufferMixin, nn.Module):
     bias_in: torch.Tensor  # [K x P x H]
     weight_out: torch.Tensor  # [K x H x 2D]: logarithms of scales, then translations
     bias_out: torch.Tensor  # [K x 2D]
-    gain: torch.Tensor  # [K x D]
+    log_gain: torch.Tensor  # [K x D]: near 0, where FP16 is finer than near 1
     log_det: torch.Tensor  # [P]: of all that does not depend on the patch
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class PatchScorer(DynamicBufferMixin, nn.Module):
             folded[f"root_{i}"] = gaussian.precision_root[:, start:end, :end].transpose(1, 2).contiguous()
         folded["projection"] = whitening.projection
         folded["shift"] = whitening.mean @ whitening.projection + gaussian.mean
-        folded["log_det"] = gaussian.log_det + folded["gain"].log().sum()
+        folded["log_det"] = gaussian.log_det + folded["log_gain"].sum()
         for name, value in folded.items():
             setattr(self, name, value.to(self.projection.device))
 
@@ -94,11 +94,11 @@ class PatchScorer(DynamicBufferMixin, nn.Module):
         z = torch.cat(products, dim=-1).transpose(0, 1)
         # A share in every channel: to sums [B x P] of several images, OpenVINO 2026.4 adds a constant [P] wrongly.
         log_det = self.log_det.unsqueeze(1) / z.shape[-1]
-        for k in range(self.gain.shape[0]):
+        for k in range(self.log_gain.shape[0]):
             hidden = (z @ self.weight_in[k] + self.bias_in[k]).relu()
             log_scale, translation = (hidden @ self.weight_out[k] + self.bias_out[k]).chunk(2, dim=-1)
             log_scale = AFFINE_CLAMPING * log_scale.tanh()
-            z = z * (log_scale.exp() * self.gain[k]) + translation
+            z = z * (log_scale + self.log_gain[k]).exp() + translation
             log_det = log_det + log_scale
         return bits_per_dimension(z, log_det.sum(-1))
 
@@ -138,7 +138,7 @@ def _fold(flow: PatchFlow, positions: torch.Tensor) -> list[dict[str, torch.Tens
                 "bias_in": positions @ first.weight[:, passive:].T + first.bias,
                 "weight_out": weight_out.flatten(0, 1).T.contiguous(),
                 "bias_out": bias_out.flatten(),
-                "gain": gain,
+                "log_gain": gain.log(),
             }
         )
         channel = channel[block.w_perm.argmax(1)]

@@ -93,7 +93,9 @@ def test_the_mask_has_a_threshold_of_its_own(fitted):
     with torch.no_grad():
         maps = torch.stack([model.model(image).anomaly_map for image in prepared(model, new)])
     highest = maps.amax((1, 2, 3, 4)).double().numpy()
-    assert model.post_processor.pixel_threshold.item() == pytest.approx(calibrate(highest, 0.1, 0.9).threshold, rel=1e-4)
+    assert model.post_processor.pixel_threshold.item() == pytest.approx(
+        calibrate(highest, 0.1, 0.9).threshold, rel=1e-4
+    )
 
 
 def prepared(model, paths) -> list[torch.Tensor]:
