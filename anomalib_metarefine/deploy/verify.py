@@ -117,7 +117,7 @@ def _other_origin(sidecar: Sidecar, model: MetaRefine) -> list[str]:
         for key, value in scale.items():
             recorded = np.nan if deployed[key] is None else deployed[key]
             if not np.isclose(recorded, value, rtol=1e-6, equal_nan=True):
-                problems.append(f"{key} of {name} is {deployed[key]:g} in metadata.json, {value:g} in the checkpoint")
+                problems.append(f"{key} of {name} is {recorded:g} in metadata.json, {value:g} in the checkpoint")
     for key, value in model.provenance.items():
         if sidecar.training.get(key) != value:
             problems.append(f"{key} of the training is {sidecar.training.get(key)} in metadata.json, {value} here")

@@ -71,6 +71,12 @@ def test_decisions_that_differ_are_named(trained, cells, tmp_path):
     assert any("decided differently" in problem for problem in found.problems)
 
 
+def test_a_scale_that_metadata_lacks(trained, cells, tmp_path):
+    folder = altered(trained, tmp_path / "model", lambda content: content["anomaly_map"].update(threshold=None))
+    found = verify_deployment(folder, trained.checkpoint, sorted(cells.rglob("*.png"))[:2], runs=2)
+    assert any(problem.startswith("threshold of anomaly_map is nan in metadata.json") for problem in found.problems)
+
+
 def test_a_ranking_that_suffers(trained, cells, monkeypatch):
     """As INT8 might: single scores may move then, but not so that defects fall behind."""
     paths = sorted(cells.rglob("*.png"))
