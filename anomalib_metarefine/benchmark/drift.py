@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.deploy.drift import DriftMonitor
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from anomalib_metarefine.benchmark.data_sets import DataSet
 
 GOOD, DEFECTIVE, OTHER = "unchanged", "defective", "other material"
-_BATCH = 16
 _BRIGHTNESS = (0.7, 0.9, 1.1, 1.2)
 _BLUR = (0.5, 1.0, 2.0)  # standard deviation in pixels of the image as it is
 _FAR = 100_000  # no detection within the stream sorts behind all
@@ -64,17 +64,18 @@ def collect(data: DataSet, other: DataSet | None, seed: int) -> dict[str, np.nda
         dict[str, np.ndarray]: Raw scores ``[N]`` by `GOOD`, `DEFECTIVE`, `OTHER` and the names of `turns`.
     """
     from anomalib_metarefine.benchmark.training import hush
+    from anomalib_metarefine.model.calibration import raw_scores
 
     hush()
     model, trained_on = _train(data, seed)
     good, defective = _images(data, seed)
     good = [path for path in good if path not in trained_on]
-    scores = {GOOD: _score(model, good, lambda image: image)}
+    scores = {GOOD: raw_scores(model, good).image}
     for name, turn in turns().items():
-        scores[name] = _score(model, good, turn)
+        scores[name] = raw_scores(model, good, change=turn).image
     if other is not None:
-        scores[OTHER] = _score(model, _images(other, seed)[0][: len(good)], lambda image: image)
-    return scores | {DEFECTIVE: _score(model, defective, lambda image: image)}
+        scores[OTHER] = raw_scores(model, _images(other, seed)[0][: len(good)]).image
+    return scores | {DEFECTIVE: raw_scores(model, defective).image}
 
 
 def _train(data: DataSet, seed: int) -> tuple[MetaRefine, set[str]]:
@@ -103,20 +104,6 @@ def _images(data: DataSet, seed: int) -> tuple[list[str], list[str]]:
     samples = pd.concat([datamodule.train_data.samples, datamodule.test_data.samples]).sample(frac=1, random_state=seed)
     paths = samples.image_path.astype(str)
     return paths[samples.label_index == 0].tolist(), paths[samples.label_index == 1].tolist()
-
-
-def _score(model: MetaRefine, paths: Sequence[str], turn: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-    import torch
-    from anomalib.data.utils import read_image
-
-    scores = []
-    with torch.no_grad():
-        for start in range(0, len(paths), _BATCH):
-            # One at a time until they are resized: images of a data set need not be of one size.
-            images = [turn(read_image(path, as_tensor=True)) for path in paths[start : start + _BATCH]]
-            batch = torch.cat([model.pre_processor.transform(image[None]) for image in images])
-            scores.append(model.model(batch).pred_score.flatten().double())
-    return torch.cat(scores).numpy()
 
 
 @dataclass
@@ -216,11 +203,6 @@ def _describe(delays: np.ndarray) -> str:
         return f"{share:.0%} found"
     late = np.quantile(delays, 0.9, method="higher")
     return f"{np.median(delays):.0f} ({f'{late:.0f}' if late < _FAR else 'never'}); {share:.0%} found"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from anomalib_metarefine.benchmark.markdown import head, line
+
 _CELL = ["model", "data", "contamination"]
 _TRAININGS = ["raw", "curated", "clean"]
 _LEAST_GAP = 0.005  # image AUROC between raw and clean: below it there is nothing to recover, only noise to divide by
@@ -96,10 +98,10 @@ def markdown(rows: pd.DataFrame) -> str:
         f"means, left out where clean is not {_LEAST_GAP} above raw. Defective images are real, and are not in the "
         "test set.",
         "",
-        _header("model", "data", "dirty", "seeds", *_TRAININGS, "recovered", "rejected", "precision", "recall"),
+        head("model", "data", "dirty", "seeds", *_TRAININGS, "recovered", "rejected", "precision", "recall"),
     ]
     lines += [
-        _line(
+        line(
             cell.model, cell.data, f"{cell.contamination:.0%}", str(cell.seeds),
             *(_spread(getattr(cell, name), getattr(cell, f"{name}_sd")) for name in _TRAININGS),
             _share(cell.recovered), f"{cell.rejected:.1f}", _number(cell.precision), _number(cell.recall),
@@ -113,13 +115,13 @@ def markdown(rows: pd.DataFrame) -> str:
     ]
     shares = sorted(share for share in pairs.contamination.unique() if share > 0)
     titles = [f"recovered at {share:.0%}" for share in shares]
-    lines.append(_header("model", *titles, "recovered, all dirty", "lost on clean data"))
+    lines.append(head("model", *titles, "recovered, all dirty", "lost on clean data"))
     for model, group in [*pairs.groupby("model", sort=True), ("all", pairs)]:
         dirty = group[group.contamination > 0]
         by_share = [_share(recovered_share(dirty[dirty.contamination == share])) for share in shares]
         clean = group[group.contamination == 0]
         lost = 100 * (clean.raw - clean.curated).mean()
-        lines.append(_line(str(model), *by_share, _share(recovered_share(dirty)), _number(lost)))
+        lines.append(line(str(model), *by_share, _share(recovered_share(dirty)), _number(lost)))
     return "\n".join([*lines, "", *_what_was_run(rows), "", EFFICIENT_AD, ""])
 
 
@@ -134,14 +136,6 @@ def _what_was_run(rows: pd.DataFrame) -> list[str]:
         "",
         "Run with " + "; ".join(sorted(rows.versions.unique())) + ".",
     ]
-
-
-def _header(*titles: str) -> str:
-    return f"{_line(*titles)}\n{_line(*('---' for _ in titles))}"
-
-
-def _line(*texts: str) -> str:
-    return f"| {' | '.join(texts)} |"
 
 
 def _spread(mean: float, deviation: float) -> str:

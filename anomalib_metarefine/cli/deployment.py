@@ -100,9 +100,10 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _watch(options: argparse.Namespace) -> int:
-    from anomalib_metarefine.deploy.arrivals import EXTENSIONS, Rules
+    from anomalib_metarefine.deploy.arrivals import Rules
     from anomalib_metarefine.deploy.runtime import Detector
     from anomalib_metarefine.deploy.watch import WatchSettings, watch
+    from anomalib_metarefine.features.readable import EXTENSIONS
 
     named = {name: getattr(options, name) for name in ("device", "precision", "streams", "threads", "verify")}
     detector = Detector(options.model, **named)

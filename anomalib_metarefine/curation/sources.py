@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from anomalib_metarefine.features.readable import EXTENSIONS
+
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 _CONFIGS, _TABLES = (".yaml", ".yml"), (".csv", ".parquet")
 
 

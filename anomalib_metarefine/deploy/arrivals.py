@@ -13,11 +13,11 @@ from stat import S_ISREG
 from typing import TYPE_CHECKING, NamedTuple
 
 from anomalib_metarefine.deploy.runtime import UnreadableImageError
+from anomalib_metarefine.features.readable import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 _LINES_AHEAD = 1_000  # paths read from standard input before the images are processed
 _MOST_WAITING = 10_000  # paths whose files aren't there or whole yet; then no more lines are read
 _BLOCK = 1 << 16  # bytes

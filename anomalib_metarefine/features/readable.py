@@ -14,6 +14,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of image files, in any case
+
 
 class CheckedImages(NamedTuple):
     """What reading image files gave.

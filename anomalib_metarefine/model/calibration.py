@@ -17,7 +17,7 @@ from anomalib_metarefine.features.readable import check_images
 from anomalib_metarefine.model.fitting import progress_bars
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from anomalib_metarefine.model.lightning_model import MetaRefine
 
@@ -39,13 +39,19 @@ class RawScores(NamedTuple):
 
 
 @torch.no_grad()
-def raw_scores(model: MetaRefine, paths: Sequence[str | Path], progress: bool = False) -> RawScores:
+def raw_scores(
+    model: MetaRefine,
+    paths: Sequence[str | Path],
+    progress: bool = False,
+    change: Callable[[torch.Tensor], torch.Tensor] = lambda image: image,
+) -> RawScores:
     """Score image files as anomalib does in testing, before its post-processor.
 
     Args:
         model (MetaRefine): A trained model.
         paths (Sequence[str | Path]): Readable image files, of any sizes.
         progress (bool): Show a bar.
+        change (Callable): Done to each image ``[3, H, W]`` in [0, 1] before the model's pre-processing.
     """
     model.eval()
     image, pixel = [], []
@@ -53,7 +59,7 @@ def raw_scores(model: MetaRefine, paths: Sequence[str | Path], progress: bool = 
         task = bars.add_task("scoring images", total=len(paths))
         for start in range(0, len(paths), _BATCH):
             part = paths[start : start + _BATCH]
-            images = [model.pre_processor.transform(read_image(path, as_tensor=True)) for path in part]
+            images = [model.pre_processor.transform(change(read_image(path, as_tensor=True))) for path in part]
             output = model.model(torch.stack(images).to(model.device))
             image.append(output.pred_score.cpu())
             pixel.append(output.anomaly_map.amax((1, 2, 3)).cpu())

@@ -29,8 +29,9 @@ from matplotlib import pyplot as plt
 from rich.progress import Progress
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.benchmark.drift import markdown
+from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score
+from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.deploy.threshold import calibrate
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.collect import collect_features
@@ -139,15 +140,13 @@ def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[S
     fitter = DensityFitter(training, flow, (side, side), settings, generator, quiet, lambda _figures, _step: None)
     density, refinement = fitter.fit()
     flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
+    scorer = PatchScorer()
+    scorer.load(density.whitening, density.gaussian, flow, fitter.positions)
 
     @torch.no_grad()
     def score(chosen: np.ndarray) -> np.ndarray:
-        scores = []
-        for part in np.array_split(chosen, max(1, len(chosen) // 32)):
-            z = density.gaussian(density.whitening(store.images(part.tolist())))
-            output, log_det = flow(z.flatten(0, 1), fitter.positions.repeat(len(part), 1))
-            log_det = log_det.view(len(part), -1) + density.gaussian.log_det
-            scores.append(image_score(bits_per_dimension(output.view_as(z), log_det), settings.tail))
+        parts = np.array_split(chosen, max(1, len(chosen) // 32))
+        scores = [image_score(scorer(store.images(part.tolist())), settings.tail) for part in parts]
         return torch.cat(scores).double().numpy()
 
     return score, np.array(refinement.parts["likelihood"]), np.array(refinement.kept)
