@@ -18,17 +18,28 @@ if TYPE_CHECKING:
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.data.contamination import Contaminated
     from anomalib_metarefine.data.elpv import ELPV
+    from anomalib_metarefine.data.kolektor_sdd2 import KolektorSDD2
     from anomalib_metarefine.features.offline import use_offline_weights
     from anomalib_metarefine.model.lightning_model import MetaRefine
 
 __version__ = "0.1.0"
-__all__ = ["ELPV", "Contaminated", "Manifest", "MetaRefine", "curate", "register", "use_offline_weights"]
+__all__ = [
+    "ELPV",
+    "Contaminated",
+    "KolektorSDD2",
+    "Manifest",
+    "MetaRefine",
+    "curate",
+    "register",
+    "use_offline_weights",
+]
 
 _HOME = {
     "Contaminated": ("anomalib_metarefine.data.contamination", "Contaminated"),
     "Manifest": ("anomalib_metarefine.curation.manifest", "Manifest"),
     "curate": ("anomalib_metarefine.curation.curate", "curate"),
     "ELPV": ("anomalib_metarefine.data.elpv", "ELPV"),
+    "KolektorSDD2": ("anomalib_metarefine.data.kolektor_sdd2", "KolektorSDD2"),
     "MetaRefine": ("anomalib_metarefine.model.lightning_model", "MetaRefine"),
     "register": ("anomalib_metarefine._startup", "register_all"),
     "use_offline_weights": ("anomalib_metarefine.features.offline", "use_offline_weights"),

@@ -32,7 +32,6 @@ from anomalib.models import EfficientAd, Fastflow, Padim, Patchcore, Stfpm
 from lightning import seed_everything
 from rich.progress import track
 
-from anomalib_metarefine.benchmark.others import LAYERS
 from anomalib_metarefine.data.elpv import ELPV
 from anomalib_metarefine.features.backbone import Backbone
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from anomalib.models.components import AnomalibModule
 
 SIZE = (256, 256)
+LAYERS = ("blocks.2", "blocks.4")  # strides 8 and 16
 _CORESET = 30_720  # patches that PatchCore keeps of 300 images: a tenth of 1,024 patches each
 _ONE_IMAGE = {"dynamic_axes": {}, "opset_version": 18}  # PatchCore's graph takes no other batch than that of its export
 _ROUNDS, _RUNS, _WARM_UP = 10, 12, 2

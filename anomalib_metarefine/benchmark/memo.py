@@ -1,27 +1,26 @@
 """Read, resize and embed every image once, however many models are trained on it.
 
-A benchmark of anomalib's feature-based models sends the same images through the same frozen backbone hundreds of
-times. Both steps are deterministic, so their results are kept: resized images by path and size, feature maps by the
-content of the image that the backbone sees. The models do not notice; their scores stay what they were.
+A benchmark of feature-based models sends the same images through the same frozen backbone hundreds of times. Both
+steps are deterministic, so their results are kept: resized images by path and size, feature maps by the weights of the
+network and the content of the image that it sees. The models do not notice; their scores stay what they were.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import TYPE_CHECKING
 
 import torch
-from anomalib.data.dataclasses.torch import ImageBatch, ImageItem
-from anomalib.data.utils import read_image
-from torch import nn
-from torch.utils.data import Dataset
-from torchvision.transforms.v2 import Resize
+from anomalib.models.components import TimmFeatureExtractor
+from timm.models import FeatureInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
-    import pandas as pd
-    from anomalib.models.components import TimmFeatureExtractor
+    from torch import nn
+
+_FEATURES = "features"
 
 
 class Memo:
@@ -32,100 +31,136 @@ class Memo:
     Args:
         limit_mb (float): Megabytes of tensors to keep at most.
 
+    Attributes:
+        nbytes (int): Bytes of the tensors that are kept.
+        seconds (float): Spent so far on computing what was asked for.
+
     Example:
         >>> memo = Memo(limit_mb=1)
-        >>> memo.put("a", torch.ones(4))
-        >>> memo.get("a"), memo.get("b")
-        (tensor([1., 1., 1., 1.]), None)
+        >>> memo.fetch("a", ["x", "y"], lambda: [torch.ones(2), torch.zeros(1)])
+        [tensor([1., 1.]), tensor([0.])]
+        >>> memo.fetch("a", ["y"], lambda: 1 / 0)
+        [tensor([0.])]
     """
 
     def __init__(self, limit_mb: float = 2560) -> None:
         self._limit = limit_mb * 2**20
         self._tensors: dict[Hashable, torch.Tensor] = {}
-        self._bytes = 0
+        self._cost: dict[Hashable, float] = {}
+        self._asked: set[Hashable] = set()
+        self.nbytes = 0
+        self.seconds = 0.0
 
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def get(self, key: Hashable) -> torch.Tensor | None:
-        """The tensor of a key, ``None`` if it is not kept. It is shared: do not write into it."""
-        return self._tensors.get(key)
+    def __deepcopy__(self, _copied: dict[int, object]) -> Memo:
+        """Itself: anomalib copies a dataset to take some of its images."""
+        return self
 
-    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
-        """Keep a tensor if there is room for it."""
-        if key in self._tensors or self._bytes + tensor.nbytes > self._limit:
+    def fetch(
+        self, key: Hashable, names: Sequence[str], compute: Callable[[], Sequence[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """What was computed for a key.
+
+        Args:
+            key (Hashable): What it belongs to.
+            names (Sequence[str]): Which of the tensors of that key are asked for.
+            compute (Callable[[], Sequence[torch.Tensor]]): Gives them, one for each name, if any is not kept.
+
+        Returns:
+            list[torch.Tensor]: One for each name. They are shared: do not write into them.
+        """
+        self._asked.add(key)
+        found = [self._tensors.get((key, name)) for name in names]
+        if any(tensor is None for tensor in found):
+            begin = time.perf_counter()
+            found = [tensor.detach() for tensor in compute()]
+            self._cost[key] = time.perf_counter() - begin
+            self.seconds += self._cost[key]
+            for name, tensor in zip(names, found, strict=True):
+                self._keep((key, name), tensor)
+        return found
+
+    def restart(self) -> None:
+        """Start a new list of what is asked for, see `feature_seconds`."""
+        self._asked.clear()
+
+    @property
+    def feature_seconds(self) -> float:
+        """What the features asked for since `restart` took, or take, to compute once; NaN if there were none.
+
+        The time is that of when they were computed, be it earlier and for another model.
+        """
+        costs = [self._cost[key] for key in self._asked if key[0] == _FEATURES]
+        return sum(costs) if costs else float("nan")
+
+    def _keep(self, key: Hashable, tensor: torch.Tensor) -> None:
+        if key in self._tensors or self.nbytes + tensor.nbytes > self._limit:
             return
         # A copy, because a slice would keep the memory of its whole batch.
-        self._tensors[key] = tensor.detach().cpu().clone()
-        self._bytes += tensor.nbytes
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._tensors.clear()
-        self._bytes = 0
+        self._tensors[key] = tensor.cpu().clone()
+        self.nbytes += tensor.nbytes
 
 
-class MemoisedImages(Dataset):
-    """Images and labels as an anomalib dataset gives them, decoded and resized once.
+class MemoisedFeatures:
+    """Stands in for the `forward` of a frozen network that gives feature maps.
 
-    Args:
-        samples (pd.DataFrame): Rows with ``image_path`` and ``label_index``. The label is never kept: an image may be
-            normal in one training set, where it is an unlabelled defect, and abnormal in another's test set.
-        image_size (tuple[int, int]): Height and width, resized to as anomalib's datamodules do.
-        memo (Memo): Where resized images are kept.
-    """
-
-    def __init__(self, samples: pd.DataFrame, image_size: tuple[int, int], memo: Memo) -> None:
-        self.paths = samples.image_path.astype(str).tolist()
-        self.labels = samples.label_index.astype(int).tolist()
-        self.resize = Resize(image_size, antialias=True)
-        self.memo = memo
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> ImageItem:
-        """One image ``[3 x H x W]`` in [0, 1], its label and path."""
-        path = self.paths[index]
-        key = (path, tuple(self.resize.size))
-        image = self.memo.get(key)
-        if image is None:
-            image = self.resize(read_image(path, as_tensor=True))
-            self.memo.put(key, image)
-        return ImageItem(image=image, gt_label=torch.tensor(self.labels[index]), image_path=path)
-
-    collate_fn = staticmethod(ImageBatch.collate)
-
-
-class MemoisedExtractor(nn.Module):
-    """A frozen feature extractor that embeds every image once.
-
-    Images are known by a hash of their pixels, all of them, so that no other image is ever taken for one.
+    Images are known by a hash of their pixels, all of them, and networks by one of their structure and weights, so that
+    none is ever taken for another. Images are embedded one by one: on a processor that is no slower, and the last bits
+    of a feature depend on the size of its batch.
 
     Args:
-        extractor (TimmFeatureExtractor): anomalib's extractor, in evaluation mode.
-        memo (Memo): Where feature maps are kept. Extractors of one backbone share what they have in common.
+        network (nn.Module): A timm network of feature maps, in evaluation mode.
+        memo (Memo): Where feature maps are kept. Networks with the same weights share what they have in common.
     """
 
-    def __init__(self, extractor: TimmFeatureExtractor, memo: Memo) -> None:
-        super().__init__()
-        self.extractor = extractor
+    def __init__(self, network: nn.Module, memo: Memo) -> None:
+        self.compute = network.forward
+        self.names = list(network.feature_info.module_name())
         self.memo = memo
+        self.identity = _digest(repr(network).encode(), *network.state_dict().values())
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of ``[B x 3 x H x W]`` images: for every layer ``[B x C_l x H_l x W_l]``, a fresh copy."""
-        layers = self.extractor.layers
-        keys = [self._key(image) for image in images]
-        known = {(key, layer): self.memo.get((key, layer)) for key in keys for layer in layers}
-        missing = [i for i, key in enumerate(keys) if any(known[key, layer] is None for layer in layers)]
-        if missing:
-            for layer, maps in self.extractor(images[missing]).items():
-                for i, features in zip(missing, maps, strict=True):
-                    known[keys[i], layer] = features
-                    self.memo.put((keys[i], layer), features)
-        return {layer: torch.stack([known[key, layer].to(images.device) for key in keys]) for layer in layers}
+        parts = []
+        for image in images:
+            key = (_FEATURES, self.identity, str(image.dtype), tuple(image.shape), _digest(image))
+            parts.append(self.memo.fetch(key, self.names, lambda image=image: self._embed(image)))
+        return [torch.stack(maps).to(images.device) for maps in zip(*parts, strict=True)]
 
-    def _key(self, image: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
-        pixels = image.cpu().contiguous().numpy()
-        return str(self.extractor.backbone), pixels.shape, hashlib.sha1(pixels, usedforsecurity=False).digest()
+    def _embed(self, image: torch.Tensor) -> list[torch.Tensor]:
+        return [maps[0].cpu() for maps in self.compute(image.unsqueeze(0))]
+
+
+def frozen_networks(model: nn.Module) -> Iterator[nn.Module]:
+    """The networks of feature maps in a model that nothing trains, as far as timm made them.
+
+    Args:
+        model (nn.Module): Any model.
+
+    Yields:
+        nn.Module: Those of anomalib's `TimmFeatureExtractor` unless it is to be trained, and any whose parameters are
+            all frozen.
+    """
+    untrained = {id(part.feature_extractor) for part in model.modules() if _is_frozen_extractor(part)}
+    for module in model.modules():
+        if isinstance(getattr(module, "feature_info", None), FeatureInfo) and (
+            id(module) in untrained or not any(parameter.requires_grad for parameter in module.parameters())
+        ):
+            yield module
+
+
+def _is_frozen_extractor(module: nn.Module) -> bool:
+    return isinstance(module, TimmFeatureExtractor) and not module.requires_grad
+
+
+def _digest(*values: torch.Tensor | bytes) -> bytes:
+    found = hashlib.sha1(usedforsecurity=False)
+    for value in values:
+        if isinstance(value, bytes):
+            found.update(value)
+        else:
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.digest()

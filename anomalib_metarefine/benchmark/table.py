@@ -1,4 +1,4 @@
-"""A results table that grows by one row at a time and survives being interrupted."""
+"""The result file of the benchmark: it grows by one row at a time and survives being interrupted."""
 
 from __future__ import annotations
 
@@ -9,60 +9,113 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import pandas as pd
 
-KEY = ["data", "image_size", "train_images", "contamination", "seed", "model", "settings", "training"]
+NAN = float("nan")
+TRAININGS = ("raw", "curated", "clean")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One training and its test.
+class Key:
+    """What a row is found by.
 
     Attributes:
         data (str): Name of the data set.
-        image_size (str): ``"HxW"``.
-        train_images (int): Size of the raw training set.
-        contamination (float): Share of dirty images in it.
+        category (str): Its category; empty if it has none.
+        image_size (str): ``"HxW"`` in pixels.
+        train_images (int): Training images asked for; 0 means all that the data set has.
+        backbone (str): timm architecture.
+        defects (str): What makes an image dirty: ``"real"`` or a synthetic kind.
+        protocol (str): ``"replace"`` or ``"add"``; see `Contaminated`.
+        overlap (str): ``"no-overlap"`` or ``"overlap"``: whether injected images leave the test set.
+        contamination (float): Share of dirty images in the training set.
         seed (int): Of the draw of images, of the curation and of the training.
-        model (str): Name of the model.
-        settings (str): What differs from anomalib's defaults.
+        model (str): Name of the model in the configuration.
+        settings (str): Its class and what differs from the class's defaults, as JSON.
         training (str): ``"raw"``, ``"curated"`` or ``"clean"``.
-        image_AUROC (float): On the test set, which is the same for all three.
-        kept (int): Images trained on.
-        rejected (int): Images left out.
-        precision (float): Dirty share of what was left out; NaN if nothing was.
-        recall (float): Share of the dirty images that was left out; NaN if there are none.
-        seconds (float): Of fitting the model, on features that may be kept from an earlier training.
-        curation_seconds (float): Of the curation; NaN for the other trainings.
-        test_normal (int): Good images of the test set.
-        test_abnormal (int): Defective images of the test set.
-        versions (str): Of what ran.
     """
 
     data: str
+    category: str
     image_size: str
     train_images: int
+    backbone: str
+    defects: str
+    protocol: str
+    overlap: str
     contamination: float
     seed: int
     model: str
     settings: str
     training: str
-    image_AUROC: float  # noqa: N815 (anomalib's name of the metric)
-    kept: int
-    rejected: int
-    precision: float
-    recall: float
-    seconds: float
-    curation_seconds: float
-    test_normal: int
-    test_abnormal: int
-    versions: str
 
 
+@dataclass(frozen=True)
+class Row(Key):
+    """One training and its test: what it is found by, and what was found.
+
+    Figures that do not apply are NaN: pixel figures without masks, all of them where ``reason`` is given.
+
+    Attributes:
+        image_AUROC (float): On the test set, which is the same for the three trainings; so are the other metrics, all
+            anomalib's: area under the precision-recall curve, best F1, per-region overlap, per-image overlap.
+        kept (int): Images that the finished model learned from.
+        rejected (int): Training images left out, by the curation, by the truth, or by the model itself.
+        precision (float): Dirty share of what was left out; NaN if nothing was.
+        recall (float): Share of the dirty images that was left out; NaN if there are none.
+        fit_seconds (float): Of fitting, on features that the cells of a data set share.
+        feature_seconds (float): Of one pass of the backbone over the images trained on.
+        curation_seconds (float): Of the curation; NaN for the other trainings.
+        test_seconds (float): Of the test, on shared features, metrics included.
+        images_per_second (float): Predicted one at a time, backbone included.
+        peak_memory_mb (float): Growth of the process's peak while fitting and predicting single images.
+        model_mb (float): Parameters and buffers.
+        test_normal (int): Good images of the test set.
+        test_abnormal (int): Defective images of the test set.
+        reason (str): Why this cell could not be run; empty if it was.
+        versions (str): Of what ran.
+        machine (str): What it ran on.
+        jobs (int): Processes that shared the machine.
+        date (str): When it ended, UTC.
+    """
+
+    image_AUROC: float = NAN  # noqa: N815 (anomalib's names of the metrics)
+    image_AUPR: float = NAN  # noqa: N815
+    image_F1Max: float = NAN  # noqa: N815
+    pixel_AUROC: float = NAN  # noqa: N815
+    pixel_AUPR: float = NAN  # noqa: N815
+    pixel_AUPRO: float = NAN  # noqa: N815
+    pixel_AUPIMO: float = NAN  # noqa: N815
+    pixel_F1Max: float = NAN  # noqa: N815
+    kept: int = 0
+    rejected: int = 0
+    precision: float = NAN
+    recall: float = NAN
+    fit_seconds: float = NAN
+    feature_seconds: float = NAN
+    curation_seconds: float = NAN
+    test_seconds: float = NAN
+    images_per_second: float = NAN
+    peak_memory_mb: float = NAN
+    model_mb: float = NAN
+    test_normal: int = 0
+    test_abnormal: int = 0
+    reason: str = ""
+    versions: str = ""
+    machine: str = ""
+    jobs: int = 1
+    date: str = ""
+
+    @property
+    def key(self) -> Key:
+        """What this row is found by."""
+        return Key(*(getattr(self, name) for name in KEY))
+
+
+KEY = [field.name for field in fields(Key)]
 COLUMNS = [field.name for field in fields(Row)]
+_TYPES = {field.name: {"str": str, "int": int, "float": float}[field.type] for field in fields(Row)}
 
 
 class ResultTable:
@@ -84,22 +137,24 @@ class ResultTable:
             with self.path.open("x", newline="") as file:
                 file.write(_line(COLUMNS))
         except FileExistsError:
-            self._drop_unfinished()
-        found = pd.read_csv(self.path, nrows=0).columns.tolist()
-        if found != COLUMNS:
-            msg = f"{self.path} has the columns {found}, expected {COLUMNS}. Pass another --out, or move the file away."
-            raise ValueError(msg)
+            _drop_unfinished(self.path)
+        with self.path.open(newline="") as file:
+            rows = csv.reader(file)
+            found = next(rows, [])
+            if found != COLUMNS:
+                msg = (
+                    f"{self.path} has the columns {found}, expected {COLUMNS}. Pass another --out, or move the file "
+                    "away."
+                )
+                raise ValueError(msg)
+            self._rows = {row.key: row for row in map(_parse, rows)}
 
-    def read(self) -> pd.DataFrame:
-        """All rows; of rows with one key the last."""
-        rows = pd.read_csv(self.path, keep_default_na=False, na_values={c: ["nan", ""] for c in _floats()})
-        return rows.drop_duplicates(KEY, keep="last").reset_index(drop=True)
+    def __len__(self) -> int:
+        return len(self._rows)
 
-    def find(self, key: Mapping[str, object]) -> pd.Series | None:
-        """The row of a key (a value for each of `KEY`), ``None`` if there is none yet."""
-        rows = self.read()
-        rows = rows[(rows[list(key)] == list(key.values())).all(axis=1)]
-        return None if rows.empty else rows.iloc[-1]
+    def find(self, key: Key) -> Row | None:
+        """The last row of a key; ``None`` if there was none when the file was opened or appended to by this object."""
+        return self._rows.get(key)
 
     def append(self, row: Row) -> None:
         """Add a row."""
@@ -108,15 +163,52 @@ class ResultTable:
             os.write(handle, _line(asdict(row).values()).encode())
         finally:
             os.close(handle)
-
-    def _drop_unfinished(self) -> None:
-        content = self.path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(self.path, content.rfind(b"\n") + 1)
+        self._rows[row.key] = row
 
 
-def _floats() -> list[str]:
-    return [field.name for field in fields(Row) if field.type == "float"]
+def label(data: str, category: str) -> str:
+    """A data set or its category, as messages, tables and figures name it."""
+    return f"{data}/{category}" if category not in {"", data} else data
+
+
+def read_results(*paths: str | Path) -> pd.DataFrame:
+    """All rows of some result files; of rows with one key the last.
+
+    Args:
+        *paths (str | Path): Files of `ResultTable`. They are read only.
+
+    Returns:
+        pd.DataFrame: The columns of `Row`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a file is a table of something else.
+    """
+    import pandas as pd
+
+    missing = [str(path) for path in paths if not Path(path).is_file()]
+    if missing:
+        msg = f"There is no result file {', '.join(missing)}. `metarefine bench CONFIG --out FILE` makes one."
+        raise FileNotFoundError(msg)
+    floats = [name for name, kind in _TYPES.items() if kind is float]
+    tables = []
+    for path in paths:
+        table = pd.read_csv(path, keep_default_na=False, na_values={name: ["nan", ""] for name in floats})
+        if table.columns.tolist() != COLUMNS:
+            msg = f"{path} has the columns {table.columns.tolist()}, expected {COLUMNS}: it is no benchmark result."
+            raise ValueError(msg)
+        tables.append(table.astype(_TYPES))
+    return pd.concat(tables, ignore_index=True).drop_duplicates(KEY, keep="last").reset_index(drop=True)
+
+
+def _parse(values: list[str]) -> Row:
+    return Row(**{name: _TYPES[name](value) for name, value in zip(COLUMNS, values, strict=True)})
+
+
+def _drop_unfinished(path: Path) -> None:
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _line(values: object) -> str:

@@ -1,4 +1,4 @@
-"""One training and one test with anomalib's Engine."""
+"""One training and one test with anomalib's Engine, and what they cost."""
 
 from __future__ import annotations
 
@@ -8,66 +8,169 @@ import logging
 import tempfile
 import time
 import warnings
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.error import URLError
 
+import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
+from anomalib.data.utils import read_image
 from anomalib.engine import Engine
-from lightning import seed_everything
-from torch.utils.data import DataLoader
+from anomalib.models.components import MemoryBankMixin
+from lightning import LightningModule, seed_everything
 
-from anomalib_metarefine.benchmark.memo import Memo, MemoisedImages
-from anomalib_metarefine.benchmark.others import RECIPES, build
+from anomalib_metarefine.benchmark.coreset import quick_coreset
+from anomalib_metarefine.benchmark.images import MemoisedData
+from anomalib_metarefine.benchmark.memory import PeakMemory
+from anomalib_metarefine.benchmark.models import build, without_shortcuts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
+    from anomalib.models.components import AnomalibModule
 
-_EVAL_BATCH = 32  # images
+    from anomalib_metarefine.benchmark.memo import Memo
+    from anomalib_metarefine.benchmark.models import ModelSpec
+
+_TIMED, _WARM_UP = 16, 2  # images
 
 
-class Trained(NamedTuple):
-    """What one training gave: image AUROC on the test set, and seconds of fitting."""
+class Figures(NamedTuple):
+    """What one training gave and cost; see `table.Row`. NaN where something does not apply or can't be measured.
 
-    image_auroc: float
-    seconds: float
+    Attributes:
+        fit_seconds (float): Of fitting, without reading images and without the features that models share.
+        feature_seconds (float): Of computing those features for the training images, once.
+        test_seconds (float): Of the test, also without the two; metrics included.
+        images_per_second (float): One image at a time, as anomalib has the model: resize, backbone, score, map.
+        peak_memory_mb (float): Growth of the process's memory at its peak, from building the model to predicting with
+            it, without what is kept for other models and without the metrics.
+        model_mb (float): Parameters and buffers.
+        rejected (list[str] | None): Training images that the model's own refinement left out; ``None`` if it has none.
+    """
+
+    image_AUROC: float  # noqa: N815 (anomalib's names of the metrics)
+    image_AUPR: float  # noqa: N815
+    image_F1Max: float  # noqa: N815
+    pixel_AUROC: float  # noqa: N815
+    pixel_AUPR: float  # noqa: N815
+    pixel_AUPRO: float  # noqa: N815
+    pixel_AUPIMO: float  # noqa: N815
+    pixel_F1Max: float  # noqa: N815
+    fit_seconds: float
+    feature_seconds: float
+    test_seconds: float
+    images_per_second: float
+    peak_memory_mb: float
+    model_mb: float
+    rejected: list[str] | None
 
 
 def train_and_test(
-    name: str, train: pd.DataFrame, test: pd.DataFrame, image_size: tuple[int, int], seed: int, memo: Memo
-) -> Trained:
+    spec: ModelSpec,
+    backbone: str,
+    layers: Sequence[str] | None,
+    train: pd.DataFrame,
+    test: pd.DataFrame,
+    image_size: tuple[int, int],
+    seed: int,
+    memo: Memo,
+) -> Figures:
     """Train a model on some images, and test it on others.
 
     Args:
-        name (str): A key of `RECIPES`.
-        train (pd.DataFrame): Training samples, with ``image_path`` and ``label_index``.
-        test (pd.DataFrame): Test samples.
+        spec (ModelSpec): The model.
+        backbone (str): See `build`.
+        layers (Sequence[str] | None): See `build`.
+        train (pd.DataFrame): anomalib's table of the training images.
+        test (pd.DataFrame): anomalib's table of the test images. Pixel figures are made if every defective image has
+            a mask.
         image_size (tuple[int, int]): Height and width.
         seed (int): Of everything random in the model and in the order of its images.
         memo (Memo): Images and features seen before.
 
     Returns:
-        Trained: Image AUROC and seconds.
+        Figures: The same, but for the seconds, whatever the memo holds.
+
+    Raises:
+        ValueError: If the model can't be built, or does not know when to stop training.
+        RuntimeError: If it needs a download that can't be had.
     """
+    memory = PeakMemory(kept=lambda: memo.nbytes)
     seed_everything(seed, verbose=False)
-    model = build(name, image_size, memo)
-    batches = {"num_workers": 0, "collate_fn": MemoisedImages.collate_fn}
-    training = DataLoader(
-        MemoisedImages(train, image_size, memo), batch_size=RECIPES[name].batch_size, shuffle=True, **batches
+    model = build(spec, backbone, layers, image_size, memo)
+    data = MemoisedData(train, test, spec.batch_size, image_size, memo)
+    validates = type(model).on_validation_start not in (
+        LightningModule.on_validation_start,
+        MemoryBankMixin.on_validation_start,
     )
-    testing = DataLoader(MemoisedImages(test, image_size, memo), batch_size=_EVAL_BATCH, **batches)
-    with tempfile.TemporaryDirectory(prefix="metarefine-transfer-") as folder:
+    with tempfile.TemporaryDirectory(prefix="metarefine-bench-") as folder, quick_coreset():
         engine = Engine(
             default_root_dir=folder,
             logger=False,
             enable_model_summary=False,
             enable_progress_bar=False,
             callbacks=[ModelCheckpoint(save_top_k=0)],  # or the Engine would write every model to disk
+            # Some models set a part of themselves in validation; to others it is of no use.
+            limit_val_batches=1.0 if validates else 0,
+            **_length(spec, model),
         )
-        begin = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):  # PatchCore's progress bar has no switch
-            engine.fit(model, train_dataloaders=training)
-        seconds = time.perf_counter() - begin
-        (metrics,) = engine.test(model, dataloaders=testing, verbose=False)
-    return Trained(float(metrics["image_RankAUROC"]), seconds)
+        memo.restart()
+        begin, shared = time.perf_counter(), memo.seconds
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars of models have no switch
+                engine.fit(model, datamodule=data)
+        except URLError as error:
+            msg = f"{type(model).__name__} needs a download that can't be had here: {error.reason}"
+            raise RuntimeError(msg) from error
+        fit_seconds = time.perf_counter() - begin - (memo.seconds - shared)
+        feature_seconds = memo.feature_seconds
+        model.to(engine.trainer.strategy.root_device)
+        images_per_second = _images_per_second(model, test.image_path.astype(str).tolist())
+        peak = memory.growth()
+        begin, shared = time.perf_counter(), memo.seconds
+        engine.test(model, datamodule=data, verbose=False)
+        test_seconds = time.perf_counter() - begin - (memo.seconds - shared)
+    refinement = getattr(model, "refinement", None)
+    return Figures(
+        **model.evaluator.figures,
+        fit_seconds=fit_seconds,
+        feature_seconds=feature_seconds,
+        test_seconds=test_seconds,
+        images_per_second=images_per_second,
+        peak_memory_mb=peak,
+        model_mb=sum(part.nbytes for part in [*model.model.parameters(), *model.model.buffers()]) / 1e6,
+        rejected=None if refinement is None else list(refinement.rejected),
+    )
+
+
+def _length(spec: ModelSpec, model: AnomalibModule) -> dict[str, int]:
+    """What the Engine is told about the length of training; models that know better overrule it."""
+    own = model.trainer_arguments
+    if spec.max_epochs is None and spec.max_steps is None:
+        if own.keys() & {"max_epochs", "max_steps"}:
+            return {}
+        msg = f"{type(model).__name__} does not know when to stop training. Set max_epochs or max_steps of {spec.name}."
+        raise ValueError(msg)
+    return {
+        "max_epochs": -1 if spec.max_epochs is None else spec.max_epochs,
+        "max_steps": -1 if spec.max_steps is None else spec.max_steps,
+    }
+
+
+@torch.inference_mode()
+def _images_per_second(model: AnomalibModule, paths: Sequence[str]) -> float:
+    """Predict some images, each by itself, as one who uses the model does; files are read before."""
+    seconds = []
+    model.eval()
+    with without_shortcuts(model):
+        for path in [*paths[:_WARM_UP], *paths[:_TIMED]]:
+            image = read_image(path, as_tensor=True).unsqueeze(0).to(model.device)
+            begin = time.perf_counter()
+            model(image).pred_score.cpu()  # waits for a GPU
+            seconds.append(time.perf_counter() - begin)
+    return 1 / median(seconds[_WARM_UP:])
 
 
 def hush() -> None:

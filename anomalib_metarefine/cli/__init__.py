@@ -6,10 +6,11 @@ import argparse
 import sys
 
 from anomalib_metarefine import __version__
+from anomalib_metarefine.cli.benchmark import BENCHMARK
 from anomalib_metarefine.cli.curation import CURATION
 from anomalib_metarefine.cli.deployment import DEPLOYMENT
 
-_COMMANDS = CURATION | DEPLOYMENT
+_COMMANDS = CURATION | DEPLOYMENT | BENCHMARK
 
 
 def main(argv: list[str] | None = None) -> int:

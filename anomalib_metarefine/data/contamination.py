@@ -1,35 +1,52 @@
-"""Controlled contamination: real defective images put into the training set of any anomalib datamodule."""
+"""Controlled contamination: defective images put into the training set of any anomalib datamodule."""
 
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 
+from anomalib_metarefine.data.synthetic import TemporaryFolder, write_defective
+
+Overlap = Literal["no-overlap", "overlap"]
+Protocol = Literal["replace", "add"]
+Defects = Literal["real", "noise", "blur", "rotation"]
+
 
 class Contaminated(AnomalibDataModule):
     """A datamodule whose training set is dirty to a known degree.
 
-    A share of the training images is replaced by defective images of the test set. The wrapped datamodule is never
-    changed. Injected images carry the label and split of training images, as unlabelled defects do; `injected` lists
-    them.
+    Defective images take the place of good training images, or come on top of them. They are real ones of the test set,
+    or good training images made worse. The wrapped datamodule is never changed. Injected images carry the label and
+    split of training images, as unlabelled defects do; `injected` lists them.
+
+    The same seed keeps the same good images whatever ``defects`` is, and with more contamination the dirty images of
+    less are there again.
 
     Args:
-        datamodule (AnomalibDataModule): Where the images come from. Defective images are drawn from its test set.
-        contamination (float): Share of dirty images in the training set, in [0, 1).
-        protocol (Literal["no-overlap", "overlap"]): Whether injected images leave the test set or stay in it.
-        seed (int): Which images are replaced, and by which.
-        train_images (int | None): Size of the training set; ``None`` keeps that of ``datamodule``.
+        datamodule (AnomalibDataModule): Where the images come from.
+        contamination (float): Share of dirty images in the finished training set, in [0, 1).
+        overlap (Overlap): Whether injected images leave the test set or stay in it too. Means nothing for synthetic
+            defects: those leave the test set as it is.
+        seed (int): Which good images are kept, and which defective ones come in.
+        train_images (int | None): Size of the training set; with ``protocol="add"``, number of its good images.
+            ``None`` takes as many as ``datamodule`` has in its training set.
+        protocol (Protocol): ``"replace"``: dirty images take the place of good ones, the size stays. ``"add"``: good
+            images stay and dirty ones come on top of them.
+        defects (Defects): ``"real"``: from the test set. ``"noise"``, ``"blur"`` or ``"rotation"``: copies of good
+            training images, made worse by `anomalib_metarefine.data.synthetic` and written to a temporary folder, which
+            is deleted with this datamodule. With ``protocol="replace"`` their originals leave the training set.
 
     Attributes:
         injected (list[str]): Paths of the defective images in the training set.
 
     Raises:
-        ValueError: If there are too few defective or good images for what is asked.
+        ValueError: If there are too few defective or good images for what is asked, or the training set of
+            ``datamodule`` is dirty already.
 
     Example:
         >>> from anomalib_metarefine import ELPV
@@ -43,16 +60,23 @@ class Contaminated(AnomalibDataModule):
         self,
         datamodule: AnomalibDataModule,
         contamination: float = 0.2,
-        protocol: Literal["no-overlap", "overlap"] = "no-overlap",
+        overlap: Overlap = "no-overlap",
         seed: int = 0,
         train_images: int | None = None,
+        protocol: Protocol = "replace",
+        defects: Defects = "real",
     ) -> None:
         if not 0 <= contamination < 1:
             msg = f"contamination must be a share in [0, 1), found {contamination}."
             raise ValueError(msg)
-        if protocol not in ("no-overlap", "overlap"):
-            msg = f"protocol must be 'no-overlap' or 'overlap', found {protocol!r}."
-            raise ValueError(msg)
+        for name, value, choices in (
+            ("overlap", overlap, get_args(Overlap)),
+            ("protocol", protocol, get_args(Protocol)),
+            ("defects", defects, get_args(Defects)),
+        ):
+            if value not in choices:
+                msg = f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, found {value!r}."
+                raise ValueError(msg)
         super().__init__(
             train_batch_size=datamodule.train_batch_size,
             eval_batch_size=datamodule.eval_batch_size,
@@ -68,10 +92,13 @@ class Contaminated(AnomalibDataModule):
         )
         self.datamodule = datamodule
         self.contamination = contamination
-        self.protocol = protocol
+        self.overlap = overlap
         self.train_images = train_images
+        self.protocol = protocol
+        self.defects = defects
         self.category = datamodule.category
         self.injected: list[str] = []
+        self._folder: TemporaryFolder | None = None
 
     @property
     def name(self) -> str:
@@ -88,36 +115,88 @@ class Contaminated(AnomalibDataModule):
         source = copy.deepcopy(self.datamodule)
         source.val_split_mode = ValSplitMode.NONE
         source.setup()
+        self._check_clean(source)
         train, test = source.train_data.samples, source.test_data.samples
         generator = np.random.default_rng(self.seed)
+        # Both are drawn for every kind of defect, so that a seed always keeps the same good images.
         defective = generator.permutation(np.flatnonzero(test.label_index == LabelName.ABNORMAL))
-        total = self.train_images or len(train)
-        dirty = round(self.contamination * total)
-        if dirty > len(defective) or (self.protocol == "no-overlap" and dirty == len(defective)):
-            msg = (
-                f"A training set of {total} images with contamination {self.contamination:g} needs {dirty} defective "
-                f"images, and the test set must keep some. {self.name} has {len(defective)}. Lower `contamination` or "
-                "`train_images`."
-            )
-            raise ValueError(msg)
-        if total - dirty > len(train):
-            msg = (
-                f"train_images={total} with {dirty} defective ones needs {total - dirty} good images; {self.name} has "
-            )
-            raise ValueError(msg + f"{len(train)}.")
-        kept = np.sort(generator.permutation(len(train))[: total - dirty])
-        chosen = np.sort(defective[:dirty])
-        injected = test.iloc[chosen].assign(split=Split.TRAIN.value, label_index=int(LabelName.NORMAL))
+        order = generator.permutation(len(train))
+        good, dirty = good_and_dirty(self.train_images or len(train), self.contamination, self.protocol)
+        if self.defects == "real":
+            self._check_defective(good, dirty, len(defective))
+            self._check_good(dirty, good, len(train))
+            chosen = np.sort(defective[:dirty])
+            injected = test.iloc[chosen]
+        else:
+            self._check_good(dirty, max(good, dirty) if self.protocol == "add" else good + dirty, len(train))
+            chosen = np.sort((order if self.protocol == "add" else order[good:])[:dirty])
+            injected = self._made_worse(train.iloc[chosen])
+        injected = injected.assign(split=Split.TRAIN.value, label_index=int(LabelName.NORMAL))
         self.injected = injected.image_path.astype(str).tolist()
         self.train_data, self.test_data = source.train_data, source.test_data
-        self.train_data.samples = _concatenate(train.iloc[kept], injected)
-        if self.protocol == "no-overlap":
+        self.train_data.samples = _concatenate(train.iloc[np.sort(order[:good])], injected)
+        if self.defects == "real" and self.overlap == "no-overlap":
             self.test_data.samples = _concatenate(test.drop(index=test.index[chosen]))
+
+    def _made_worse(self, originals: pd.DataFrame) -> pd.DataFrame:
+        """Rows of defective copies, which are numbered by their originals' places in the training set."""
+        self._folder = self._folder or TemporaryFolder()
+        paths = originals.image_path.astype(str).tolist()
+        copies = write_defective(paths, originals.index.tolist(), self.defects, self.seed, self._folder.path)
+        return originals.assign(image_path=copies)
+
+    def _check_clean(self, source: AnomalibDataModule) -> None:
+        known = len(getattr(source, "unlabelled_defects", []))
+        if known:
+            msg = (
+                f"The training set of {self.name} holds {known} defective images already, so a contamination of "
+                f"{self.contamination:g} would not be the share of dirty ones. Wrap a clean one (for KolektorSDD2, "
+                "train_defects='drop' or 'test')."
+            )
+            raise ValueError(msg)
+
+    def _check_defective(self, good: int, dirty: int, available: int) -> None:
+        if dirty > available or (self.overlap == "no-overlap" and dirty == available):
+            msg = (
+                f"A training set of {good + dirty} images with contamination {self.contamination:g} needs {dirty} "
+                f"defective images, and the test set must keep some. {self.name} has {available}. Lower "
+                "`contamination` or `train_images`."
+            )
+            raise ValueError(msg)
+
+    def _check_good(self, dirty: int, needed: int, available: int) -> None:
+        if needed > available:
+            msg = (
+                f"train_images={self.train_images or available} with {dirty} defective ones needs {needed} good "
+                f"images; {self.name} has {available}. Lower `contamination` or `train_images`."
+            )
+            raise ValueError(msg)
 
     @property
     def is_injected(self) -> pd.Series:
         """For every row of ``train_data.samples``, whether it is an injected defective image."""
         return self.train_data.samples.image_path.astype(str).isin(self.injected)
+
+
+def good_and_dirty(images: int, contamination: float, protocol: Protocol) -> tuple[int, int]:
+    """How many good and dirty images a training set has, so that the dirty ones' share is nearest to ``contamination``.
+
+    Args:
+        images (int): All images of the training set; with ``protocol="add"``, its good ones.
+        contamination (float): Share of dirty images among all, in [0, 1).
+        protocol (Protocol): As in `Contaminated`.
+
+    Returns:
+        tuple[int, int]: Good and dirty images.
+
+    Example:
+        >>> good_and_dirty(300, 0.25, "replace"), good_and_dirty(300, 0.25, "add")
+        ((225, 75), (300, 100))
+    """
+    if protocol == "add":
+        return images, round(contamination / (1 - contamination) * images)
+    dirty = round(contamination * images)
+    return images - dirty, dirty
 
 
 def _concatenate(*parts: pd.DataFrame) -> pd.DataFrame:

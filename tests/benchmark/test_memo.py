@@ -1,95 +1,127 @@
-import pandas as pd
+import copy
+import math
+
 import pytest
 import torch
-from anomalib.engine import Engine
-from anomalib.models.components.filters import GaussianBlur2d
-from lightning import seed_everything
+from anomalib.models import Cflow, Fastflow, Padim, Stfpm
+from anomalib.models.components import TimmFeatureExtractor
 
-from anomalib_metarefine.benchmark import others
-from anomalib_metarefine.benchmark.memo import Memo, MemoisedImages
-from anomalib_metarefine.benchmark.separable import SeparableBlur
-from anomalib_metarefine.benchmark.training import train_and_test
-from tests.conftest import folder
+from anomalib_metarefine.benchmark.memo import Memo, MemoisedFeatures, frozen_networks
+from anomalib_metarefine.features.backbone import Backbone
+from anomalib_metarefine.features.offline import OFFLINE_BACKBONE, use_offline_weights
 
-SIZE = (64, 96)
+BOTH = ["blocks.2", "blocks.4"]
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Recipes that train in a second."""
-    changes = {"Padim": {"n_features": 10}, "Patchcore": {"coreset_sampling_ratio": 0.02},
-               "Fastflow": {"flow_steps": 2, "max_steps": 7}}  # fmt: skip
-    for name, change in changes.items():
-        recipe = others.RECIPES[name]
-        smaller = others.Recipe(recipe.model, recipe.arguments | change, batch_size=8)
-        monkeypatch.setitem(others.RECIPES, name, smaller)
+class Counted:
+    """Images that a network embeds."""
+
+    def __init__(self, network):
+        self.images = 0
+        self.forward = network.forward
+        network.forward = self
+
+    def __call__(self, images):
+        self.images += len(images)
+        return self.forward(images)
 
 
-def plain(name, datamodule, seed):
-    """anomalib as a user runs it: its datamodule, its features, its blur."""
-    seed_everything(seed, verbose=False)
-    model = others.build(name, SIZE)
-    engine = Engine(logger=False, enable_progress_bar=False, limit_val_batches=0)
-    engine.fit(model, datamodule=datamodule)
-    (metrics,) = engine.test(model, datamodule=datamodule, verbose=False)
-    return metrics["image_RankAUROC"]
+@pytest.fixture(autouse=True)
+def _weights():
+    use_offline_weights()
 
 
-@pytest.mark.parametrize("name", list(others.RECIPES))
-def test_memoised_equals_plain(name, parts, small, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    # Noise that hides the defects from every model, or all would agree on 1.0 whatever they did.
-    datamodule = folder(parts, train_batch_size=others.RECIPES[name].batch_size)
-    datamodule.setup()
-    hidden = datamodule.test_data.samples.assign(label_index=[0, 1] * 8)
-    datamodule.test_data.samples = hidden
-    datamodule._is_setup = True
-    train = datamodule.train_data.samples
-    expected = plain(name, datamodule, seed=3)
-    memo = Memo()
-    first = train_and_test(name, train, hidden, SIZE, 3, memo).image_auroc
-    kept = len(memo)
-    again = train_and_test(name, train, hidden, SIZE, 3, memo).image_auroc
-    assert 0.05 < expected < 0.95
-    assert first == pytest.approx(expected, abs=1e-6)
-    assert again == pytest.approx(expected, abs=1e-6)
-    assert len(memo) == kept > 0  # the second training embedded nothing
-    crowded = train_and_test(name, train, hidden, SIZE, 3, Memo(limit_mb=0.3)).image_auroc
-    assert crowded == pytest.approx(expected, abs=1e-6)
-
-
-def test_labels_are_not_kept(parts):
-    memo = Memo()
-    path = str(next((parts / "test/blob").iterdir()))
-    for label in (0, 1):
-        samples = pd.DataFrame({"image_path": [path], "label_index": [label]})
-        assert MemoisedImages(samples, SIZE, memo)[0].gt_label == label
-    assert len(memo) == 1
+def extractor(layers=BOTH, pre_trained=True):
+    return TimmFeatureExtractor(OFFLINE_BACKBONE, layers, pre_trained).eval()
 
 
 def test_the_memo_is_bounded():
     memo = Memo(limit_mb=1)
-    for i in range(10):
-        memo.put(i, torch.zeros(2**16))  # a quarter of a megabyte each
+    for key in range(10):
+        memo.fetch(key, ["x"], lambda: [torch.zeros(2**16)])  # a quarter of a megabyte each
     assert len(memo) == 4
-    memo.clear()
-    memo.put("new", torch.zeros(2**18))
-    assert len(memo) == 1
+    assert memo.nbytes == 2**20
+    assert memo.fetch(9, ["x"], lambda: [torch.ones(1)]) == [1]  # asked for again, because it was not kept
 
 
-def test_the_separable_blur_is_the_blur():
-    blur = GaussianBlur2d(kernel_size=(33, 33), sigma=(4, 4), channels=1)
-    maps = torch.rand(2, 1, 40, 72) * 30
-    torch.testing.assert_close(SeparableBlur(blur)(maps), blur(maps), atol=1e-4, rtol=1e-5)
+def test_what_features_cost(monkeypatch):
+    clock = iter([0.0, 1.0, 10.0, 13.0, 20.0, 27.0])
+    monkeypatch.setattr("anomalib_metarefine.benchmark.memo.time.perf_counter", lambda: next(clock))
+    memo = Memo()
+
+    def ask(*key):
+        memo.fetch(key, ["x"], lambda: [torch.zeros(1)])
+
+    ask("features", "a")
+    ask("features", "b")
+    ask("image", "c")
+    assert (memo.seconds, memo.feature_seconds) == (11, 4)
+    memo.restart()
+    assert math.isnan(memo.feature_seconds)
+    ask("features", "b")
+    ask("features", "b")
+    assert (memo.seconds, memo.feature_seconds) == (11, 3)  # though it was not computed now
 
 
-def test_auroc_of_large_scores():
-    metric = others.RankAUROC()
-    metric.update(torch.tensor([900.0, 1000.0]), torch.tensor([0, 1]))
-    metric.update(torch.tensor([0.5, 1000.1]), torch.tensor([0, 1]))
-    assert metric.compute() == 1
+def test_a_copied_dataset_shares_the_memo():
+    memo = Memo()
+    assert copy.deepcopy([memo])[0] is memo
 
 
-def test_unknown_model():
-    with pytest.raises(ValueError, match="no recipe for a model 'Padum'"):
-        others.build("Padum", SIZE)
+@pytest.mark.parametrize("warm", [(), (0, 2)])
+def test_features_are_those_of_the_network(warm):
+    images = torch.rand(3, 3, 64, 96)
+    plain = extractor()
+    expected = [plain(image.unsqueeze(0)) for image in images]
+    shared = extractor()
+    shared.feature_extractor.forward = MemoisedFeatures(shared.feature_extractor, Memo())
+    if warm:
+        shared(images[list(warm)])
+    found = shared(images)
+    for layer in BOTH:  # to the last bit, whatever batch an image was in
+        assert torch.equal(found[layer], torch.cat([one[layer] for one in expected]))
+
+
+def test_every_image_is_embedded_once():
+    images, memo = torch.rand(3, 3, 64, 64), Memo()
+    first, second, one_layer, ours = extractor(), extractor(), extractor(BOTH[1:]), Backbone(OFFLINE_BACKBONE, BOTH)
+    networks = [first.feature_extractor, second.feature_extractor, one_layer.feature_extractor, ours.net]
+    counts = [Counted(network) for network in networks]
+    for network in networks:
+        network.forward = MemoisedFeatures(network, memo)
+    maps = first(images)
+    again, last, our_maps = second(images), one_layer(images), ours(images)
+    assert [count.images for count in counts] == [3, 0, 0, 0]
+    assert torch.equal(last["blocks.4"], maps["blocks.4"])
+    assert torch.equal(our_maps[0], maps["blocks.2"])
+    again["blocks.2"].zero_()  # models write into what they get
+    assert torch.equal(second(images)["blocks.2"], maps["blocks.2"])
+
+
+def test_other_weights_and_other_pixels_are_other_features():
+    images, memo = torch.rand(1, 3, 64, 64), Memo()
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        random = extractor(pre_trained=False)
+        random.feature_extractor.forward = MemoisedFeatures(random.feature_extractor, memo)
+        found.append(random(images)["blocks.2"])
+    assert not torch.equal(*found)
+    other = images.clone()
+    other[0, 0, 0, 0] += 1e-3
+    assert not torch.equal(random(other)["blocks.2"], found[1])
+    assert len(memo) == 3 * 2
+
+
+def test_what_is_frozen():
+    lite = {"backbone": OFFLINE_BACKBONE, "layers": BOTH}
+    padim = Padim(**lite, n_features=10).model
+    assert list(frozen_networks(padim)) == [padim.feature_extractor.feature_extractor]
+    cflow = Cflow(**lite).model  # freezes the parameters, too
+    assert list(frozen_networks(cflow)) == [cflow.encoder.feature_extractor]
+    backbone = Backbone(OFFLINE_BACKBONE)
+    assert list(frozen_networks(backbone)) == [backbone.net]
+    assert list(frozen_networks(TimmFeatureExtractor(OFFLINE_BACKBONE, BOTH, requires_grad=True))) == []
+    students = Stfpm(**lite).model
+    assert list(frozen_networks(students)) == [students.teacher_model.feature_extractor]
+    assert list(frozen_networks(Fastflow("resnet18", pre_trained=False).model)) != []

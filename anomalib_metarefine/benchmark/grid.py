@@ -1,0 +1,298 @@
+"""The cells of a benchmark, run one after another, and picked up where they were left.
+
+A cell is one model, trained on one training set and tested. The cells of a data set run in one process, so that its
+images are read and embedded once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from anomalib_metarefine.benchmark.table import Key, ResultTable, Row, label
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import pandas as pd
+    from anomalib.data import AnomalibDataModule
+
+    from anomalib_metarefine.benchmark.config import BenchConfig, Entry
+    from anomalib_metarefine.benchmark.data_sets import DataSet
+    from anomalib_metarefine.benchmark.memo import Memo
+
+    Curator = Callable[[Sequence[str], int, DataSet, BenchConfig], np.ndarray]
+
+_LEAST_DEFECTIVE = 10  # in the test set: with fewer, AUROC says nothing
+
+
+class LeftOut(NamedTuple):
+    """A data set that can't be had, and why."""
+
+    data: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dirt:
+    """How a training set is made dirty; see `Contaminated`."""
+
+    defects: str
+    protocol: str
+    overlap: str
+    contamination: float
+    seed: int
+
+
+@dataclass
+class TrainingSet:
+    """One contaminated training set, its test set, and its curation, which is run when it is first asked for.
+
+    Attributes:
+        data (DataSet): Where the images come from.
+        config (BenchConfig): Whose backbone the curation takes.
+        seed (int): Of the curation.
+        datamodule (AnomalibDataModule): Training and test set. Synthetic images lie in a folder that lives as long.
+        dirty (np.ndarray): ``[N]`` of bool, true for the dirty training images.
+        curator (Curator): Stands behind `curated_mask`.
+        curation_seconds (float): Of the curation, once it has run.
+    """
+
+    data: DataSet
+    config: BenchConfig
+    seed: int
+    datamodule: AnomalibDataModule
+    dirty: np.ndarray
+    curator: Curator
+    curation_seconds: float = float("nan")
+    _curated: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def train(self) -> pd.DataFrame:
+        """Samples of the training set."""
+        return self.datamodule.train_data.samples
+
+    @property
+    def test(self) -> pd.DataFrame:
+        """Samples of the test set."""
+        return self.datamodule.test_data.samples
+
+    def kept(self, training: str) -> np.ndarray:
+        """``[N]`` of bool: the images that a training is on."""
+        if training == "raw":
+            return np.ones(len(self.train), dtype=bool)
+        if training == "clean":
+            return ~self.dirty
+        if self._curated is None:
+            begin = time.perf_counter()
+            self._curated = self.curator(self.train.image_path.astype(str).tolist(), self.seed, self.data, self.config)
+            self.curation_seconds = time.perf_counter() - begin
+        return self._curated
+
+
+def curated_mask(paths: Sequence[str], seed: int, data: DataSet, config: BenchConfig) -> np.ndarray:
+    """Which training images our curation lets pass.
+
+    Args:
+        paths (Sequence[str]): The N training images.
+        seed (int): Seed of the curation.
+        data (DataSet): Whose image size is used.
+        config (BenchConfig): Whose backbone is used.
+
+    Returns:
+        np.ndarray: ``[N]`` of bool, false for the rejected. Images to review pass: nobody has reviewed them.
+    """
+    from anomalib_metarefine.curation.curate import curate
+
+    manifest = curate(
+        list(paths),
+        backbone=config.backbone,
+        layers=config.layers,
+        image_size=data.image_size,
+        seed=seed,
+        quality=False,  # it looks for other things than defects and rejects nothing
+        progress=False,
+    ).manifest
+    rejected = {Path(path).resolve() for path in manifest.rejected}
+    return np.array([Path(path).resolve() not in rejected for path in paths])
+
+
+def plan(config: BenchConfig, data: DataSet) -> Iterator[tuple[Dirt, list[tuple[Entry, Key]]]]:
+    """The cells of a data set.
+
+    Args:
+        config (BenchConfig): The grid.
+        data (DataSet): One of its data sets.
+
+    Yields:
+        tuple[Dirt, list[tuple[Entry, Key]]]: A training set, and the models and keys of its cells. Seeds come first,
+            so that an interrupted benchmark has whole tables of fewer seeds. A clean training set is the same for
+            every kind of dirt and protocol, and is there once.
+    """
+    shares = sorted({share for entry in config.models for share in entry.contamination})
+    size = "x".join(map(str, data.image_size))
+    ways = list(product(config.defects, config.protocols, config.overlaps))
+    for seed, share, way in product(config.seeds, shares, ways):
+        # Synthetic defects are made from training images: they have nothing to leave or to stay in.
+        if (share == 0 and way != ways[0]) or (way[0] != "real" and way[2] != config.overlaps[0]):
+            continue
+        common = (data.name, data.category, size, data.train_images or 0, config.backbone, *way, share, seed)
+        cells = [
+            (entry, Key(*common, entry.spec.name, entry.spec.settings, training))
+            for entry in config.models
+            if share in entry.contamination
+            for training in entry.trainings
+        ]
+        yield Dirt(*way, share, seed), cells
+
+
+def run_data_set(
+    config: BenchConfig,
+    data: DataSet,
+    table: ResultTable,
+    jobs: int = 1,
+    retry: bool = False,
+    curator: Curator = curated_mask,
+) -> Iterator[Row | LeftOut]:
+    """Every cell of a data set that is not in the table yet.
+
+    Args:
+        config (BenchConfig): The grid.
+        data (DataSet): One of its data sets.
+        table (ResultTable): Where finished cells are and new ones go.
+        jobs (int): Processes that share the machine, for the table.
+        retry (bool): Try cells again that could not be run before.
+        curator (Curator): Stands behind `curated_mask`.
+
+    Yields:
+        Row | LeftOut: Every new row once it is in the table; or why the data set can't be had.
+    """
+    from anomalib_metarefine.benchmark.memo import Memo
+
+    def is_missing(key: Key) -> bool:
+        row = table.find(key)
+        return row is None or (retry and row.reason != "")
+
+    memo = Memo()
+    for dirt, cells in plan(config, data):
+        missing = [(entry, key) for entry, key in cells if is_missing(key)]
+        if not missing:
+            continue
+        try:
+            training_set = _draw(config, data, dirt, curator)
+        except _TooFewError as error:
+            for _, key in missing:
+                yield _append(table, Row(**asdict(key), reason=str(error)), jobs)
+            continue
+        except Exception as error:  # a download, a folder, a third party's datamodule
+            yield LeftOut(label(data.name, data.category), _in_one_line(error))
+            return
+        for entry, key in missing:
+            yield _append(table, _cell(table, training_set, entry, key, memo), jobs)
+
+
+class _TooFewError(ValueError):
+    """A contamination that a data set has not enough images for."""
+
+
+def _draw(config: BenchConfig, data: DataSet, dirt: Dirt, curator: Curator) -> TrainingSet:
+    from anomalib_metarefine.data.contamination import Contaminated
+
+    source = data.datamodule(dirt.seed)
+    source.prepare_data()
+    source.setup()
+    datamodule = Contaminated(
+        source, dirt.contamination, dirt.overlap, dirt.seed, data.train_images, dirt.protocol, dirt.defects
+    )
+    try:
+        datamodule.setup()
+    except ValueError as error:
+        raise _TooFewError(*error.args) from error
+    found = TrainingSet(data, config, dirt.seed, datamodule, datamodule.is_injected.to_numpy(), curator)
+    defective = int(found.test.label_index.sum())
+    if defective < _LEAST_DEFECTIVE:
+        msg = (
+            f"With contamination {dirt.contamination:g}, {defective} defective images are left to test on, and "
+            f"{_LEAST_DEFECTIVE} are needed. Ask for fewer training images."
+        )
+        raise _TooFewError(msg)
+    return found
+
+
+def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key, memo: Memo) -> Row:
+    """Train and test one model; or copy the row of the raw training, where the images are the same."""
+    from anomalib_metarefine.benchmark.training import train_and_test
+
+    data, dirty, test = training_set.data, training_set.dirty, training_set.test
+    row = Row(
+        **asdict(key),
+        test_normal=int((test.label_index == 0).sum()),
+        test_abnormal=int((test.label_index == 1).sum()),
+    )
+    try:
+        kept = training_set.kept(key.training)
+        seconds = training_set.curation_seconds if key.training == "curated" else float("nan")
+        raw = table.find(replace(key, training="raw"))
+        if key.training != "raw" and kept.all() and raw is not None and not raw.reason:
+            return replace(raw, training=key.training, curation_seconds=seconds)
+        config = training_set.config
+        found = train_and_test(
+            entry.spec,
+            config.backbone,
+            config.layers,
+            training_set.train[kept],
+            test,
+            data.image_size,
+            key.seed,
+            memo,
+        )
+    except Exception as error:  # whatever a model can't do here goes into its row
+        return replace(row, reason=_in_one_line(error))
+    figures = found._asdict()
+    left_out = ~kept | training_set.train.image_path.astype(str).isin(figures.pop("rejected") or []).to_numpy()
+    return replace(
+        row,
+        **{name: round(value, 5) for name, value in figures.items()},
+        curation_seconds=round(seconds, 1),
+        kept=int((~left_out).sum()),
+        rejected=int(left_out.sum()),
+        precision=float(dirty[left_out].mean()) if left_out.any() else float("nan"),
+        recall=float(left_out[dirty].mean()) if dirty.any() else float("nan"),
+    )
+
+
+def _append(table: ResultTable, row: Row, jobs: int) -> Row:
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    row = replace(row, versions=_versions(), machine=_machine(), jobs=jobs, date=date)
+    table.append(row)
+    return row
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _versions() -> str:
+    from importlib.metadata import version
+
+    names = ("anomalib-metarefine", "anomalib", "torch", "timm")
+    return ", ".join([*(f"{name} {version(name)}" for name in names), f"Python {platform.python_version()}"])
+
+
+def _machine() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{os.cpu_count()} cores, {model or platform.processor() or platform.machine()}"

@@ -1,0 +1,206 @@
+"""A folder of tables and figures from the results of `metarefine bench`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from anomalib_metarefine.benchmark.markdown import escape, markdown
+from anomalib_metarefine.benchmark.report import curves, figures
+from anomalib_metarefine.benchmark.report.cells import Scenario, checked, model_order, scenarios, share
+from anomalib_metarefine.benchmark.report.costs import costs, on_machine
+from anomalib_metarefine.benchmark.report.drawing import Picture, Style, look
+from anomalib_metarefine.benchmark.report.gains import gains
+from anomalib_metarefine.benchmark.report.published import published_table
+from anomalib_metarefine.benchmark.report.tables import (
+    IMAGE,
+    IMAGE_AUROC,
+    LOST_TO_CLEAN,
+    LOST_TO_ZERO,
+    PIXEL,
+    comparison,
+    comparisons,
+    losses,
+)
+from anomalib_metarefine.benchmark.table import label
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    import pandas as pd
+
+    from anomalib_metarefine.benchmark.report.typeset import Table
+
+_FIGURES = (
+    figures.paper_bars,
+    curves.against_contamination,
+    figures.overall,
+    figures.by_class,
+    curves.rejection,
+    curves.against_cost,
+)
+_HOW_TO_READ = """\
+Every model is trained on a folder of images that are said to be good, of which a known share is not: **raw** on
+everything, **curated** on what `curate` lets pass, **clean** on the truly clean part, which no user knows. The test
+set is the same for the three. MetaRefine refines itself, so its raw training already leaves images out; "MetaRefine,
+unrefined" is the same model without that. Raw is what a user gets from a dirty folder; the distance to clean is what
+the dirt costs.
+
+Figures are means over seeds ± their standard deviation; a seed draws the images, the dirt among them and all
+initialisations. Averages count every data set the same, in a data set every category, and take in only cells (data
+set, category, seed) where all that is compared has a figure, so that no model is better off for what it could not
+run. Footnotes name the cells. "-": could not be run, with the reason in a footnote; an empty place: not run yet."""
+
+
+class File(NamedTuple):
+    """A file of tables.
+
+    Attributes:
+        stem (str): Of its name.
+        title (str): What is in it.
+        tables (list[Table]): Its tables; a file without any is not written.
+    """
+
+    stem: str
+    title: str
+    tables: list[Table]
+
+
+def report(rows: pd.DataFrame, folder: Path, published: bool = True) -> list[Path]:
+    """Write tables (Markdown, LaTeX), figures (SVG, PNG) and a README.md that leads to all of them.
+
+    Args:
+        rows (pd.DataFrame): Columns of `table.Row`, from one or several result files.
+        folder (Path): Made if it does not exist. Results with several kinds of dirt or protocols get a folder each.
+        published (bool): Whether to put published figures of other methods beside these.
+
+    Returns:
+        list[Path]: All files written, README.md first.
+
+    Raises:
+        ValueError: If rows do not belong together; see `cells.checked`.
+    """
+    rows = checked(rows)
+    style = Style.of(rows)
+    parts = scenarios(rows)
+    written: list[Path] = []
+    text = ["# Benchmark: training on dirty folders", _HOW_TO_READ]
+    for scenario, part in parts.items():
+        place = folder / scenario.slug if len(parts) > 1 else folder
+        place.mkdir(parents=True, exist_ok=True)
+        files = [one for one in _files(part, scenario, published) if one.tables]
+        written += [path for one in files for path in _write(one, place)]
+        pictures = []
+        with look():
+            for draw in _FIGURES:
+                for picture in draw(part, style):
+                    written += picture.save(place)
+                    pictures.append(picture)
+        link = f"{scenario.slug}/" if len(parts) > 1 else ""
+        text.append(f"## Results: {scenario}")
+        text.append(comparison(part, IMAGE_AUROC, "raw", categories=False).markdown(level=3))
+        text += _index(files, pictures, link)
+    text += _what_was_run(rows)
+    readme = folder / "README.md"
+    readme.write_text("\n\n".join(part.strip("\n") for part in text) + "\n", encoding="utf-8")
+    return [readme, *written]
+
+
+def _files(rows: pd.DataFrame, scenario: Scenario, published: bool) -> Iterator[File]:
+    yield File(
+        "image_auroc", "Image AUROC of every model, data set and contamination", comparisons(rows, [IMAGE_AUROC])
+    )
+    yield File("curation", "What curation and refinement give: raw, curated, clean, recovered share", gains(rows))
+    lost = [table for metric in (LOST_TO_CLEAN, LOST_TO_ZERO) for table in comparisons(losses(rows, metric), [metric])]
+    yield File("loss", "Points lost to the dirt, each model against itself", lost)
+    yield File("pixel", "Pixel metrics, where there are masks", comparisons(rows, PIXEL))
+    yield File("image_other", "Other image metrics", comparisons(rows, IMAGE))
+    yield File("cost", "Seconds, images per second, memory", costs(rows))
+    if published:
+        yield File("published", "Published figures of other methods beside ours", [published_table(rows, scenario)])
+
+
+def _write(file: File, folder: Path) -> list[Path]:
+    paths = [folder / f"{file.stem}.md", folder / f"{file.stem}.tex"]
+    paths[0].write_text("\n".join([f"# {file.title}\n", *(one.markdown() for one in file.tables)]), encoding="utf-8")
+    head = "% Needs \\usepackage{booktabs} and UTF-8.\n\n"
+    paths[1].write_text(head + "\n".join(one.latex() for one in file.tables), encoding="utf-8")
+    return paths
+
+
+def _index(files: Iterable[File], pictures: Iterable[Picture], link: str) -> Iterator[str]:
+    yield "### Tables"
+    yield "\n".join(f"- [{one.title}]({link}{one.stem}.md) ([LaTeX]({link}{one.stem}.tex))" for one in files)
+    yield "### Figures"
+    for picture in pictures:
+        yield f"**{picture.title}.** {escape(picture.caption)}"
+        if picture.figure is not None:
+            path = f"{link}{picture.name}"
+            yield f"![{picture.title}]({path}.svg)\n\n([PNG]({path}.png))"
+
+
+def _what_was_run(rows: pd.DataFrame) -> Iterator[str]:
+    ran = rows[rows.reason == ""]
+    yield "## What was run"
+    yield markdown(
+        ["data", "image size", "training images", "good / defective test images", "dirty", "seeds"],
+        [_data(*place, part) for place, part in rows.groupby(["data", "category"])],
+    )
+    yield markdown(
+        ["model", "settings", "backbone", "trainings", "cells run", "not run"],
+        [_model(model, rows[rows.model == model]) for model in model_order(rows.model)],
+    )
+    machines = sorted({on_machine(*one) for one in ran[["machine", "jobs"]].itertuples(index=False, name=None)})
+    dates = sorted(ran.date[ran.date != ""])
+    facts = {
+        "Versions": "; ".join(sorted(set(ran.versions) - {""})),
+        "Machines": "; ".join(machines),
+        "Dates": " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "",
+    }
+    yield "\n".join(f"- {name}: {escape(fact) or 'not stated'}" for name, fact in facts.items())
+    yield "## Could not be run"
+    failed = rows[rows.reason != ""]
+    lines = [f"- {_failure(reason, part, rows)}" for reason, part in failed.groupby("reason")]
+    yield "\n".join(lines) or "Every cell in the results ran."
+
+
+def _data(data: str, category: str, rows: pd.DataFrame) -> list[str]:
+    images = int(rows.train_images.iloc[0])
+    tested = rows[rows.reason == ""]
+    counts = [_range(tested[name].astype(int)) for name in ("test_normal", "test_abnormal")]
+    dirty = ", ".join(map(share, sorted(rows.contamination.unique())))
+    seeds = ", ".join(map(str, sorted(rows.seed.unique())))
+    return [
+        escape(label(data, category)),
+        rows.image_size.iloc[0],
+        str(images or "all"),
+        " / ".join(counts),
+        dirty,
+        seeds,
+    ]
+
+
+def _model(model: str, rows: pd.DataFrame) -> list[str]:
+    settings = "; ".join(f"`{text.replace('|', '/')}`" for text in sorted(rows.settings.unique()))
+    trainings = ", ".join(sorted(rows.training.unique(), reverse=True))
+    failed = int((rows.reason != "").sum())
+    backbones = escape(", ".join(sorted(rows.backbone.unique())))
+    return [escape(model), settings, backbones, trainings, str(len(rows) - failed), str(failed)]
+
+
+def _range(counts: pd.Series) -> str:
+    if counts.empty:
+        return "-"
+    return " to ".join(dict.fromkeys([str(counts.min()), str(counts.max())]))
+
+
+def _failure(reason: str, part: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Where a reason applies, in few words."""
+    models = model_order(part.model)
+    who = "all models" if models == model_order(rows.model) else ", ".join(models)
+    where = ", ".join(
+        sorted({label(*place) for place in part[["data", "category"]].itertuples(index=False, name=None)})
+    )
+    dirty = ", ".join(map(share, sorted(part.contamination.unique())))
+    cells = f"{len(part)} cell{'s' * (len(part) > 1)}"
+    return f"{escape(who)} on {escape(where)} at {dirty} ({cells}): {escape(reason)}"
