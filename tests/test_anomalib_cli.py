@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[1]
 SMALL = ["--model.image_size", "[96,96]", "--model.meta_steps", "1", "--model.visualizer", "False"]
 
 
@@ -67,6 +69,22 @@ def test_benchmark_with_either_class_path(parts, data):
     results = sorted((parts / "runs" / "benchmark").glob("*/results.csv"))
     assert results
     assert "image_AUROC" in results[0].read_text()
+
+
+def test_benchmark_of_three_models_in_one_configuration(parts, data):
+    config = yaml.safe_load((ROOT / "configs" / "benchmark.yaml").read_text())
+    assert config["benchmark"]["model"]["class_path"]["grid"] == ["MetaRefine", "Patchcore", "FastflowOnFeatures"]
+    # Its models and the names of its settings, on a backbone that is quick and parts that are few.
+    small = {"backbone": "mobilenetv3_small_050", "layers": ["blocks.5"]}
+    assert config["benchmark"]["model"]["init_args"].keys() == small.keys()
+    config["benchmark"]["model"]["init_args"] = small | {"pre_trained": False}
+    config["benchmark"]["data"] = data
+    (parts / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    run("anomalib", "benchmark", "--config", "benchmark.yaml", cwd=parts)
+    (results,) = (parts / "runs" / "benchmark").glob("*/results.csv")
+    rows = pd.read_csv(results)
+    assert rows["model.class_path"].tolist() == ["MetaRefine", "Patchcore", "FastflowOnFeatures"]
+    assert rows.image_AUROC.between(0, 1).all()
 
 
 def test_demo_says_what_is_wrong(tmp_path):

@@ -73,8 +73,15 @@ class FastflowOnFeatures(Fastflow):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """FastFlow's, for a number of steps that ends: `anomalib benchmark` has no setting for it."""
-        return {**super().trainer_arguments, "max_epochs": -1, "max_steps": self.max_steps}
+        """FastFlow's, for a number of steps, which `anomalib benchmark` has no setting for, and one validation."""
+        length = {"max_epochs": -1, "max_steps": self.max_steps}
+        once = {"check_val_every_n_epoch": None, "val_check_interval": self.max_steps}
+        return {**super().trainer_arguments, **length, **once}
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """The default of anomalib's models; FastFlow's own stops on data without masks."""
+        return AnomalibModule.configure_evaluator()
 
 
 class _FlowsOnFeatures(FastflowModel):
