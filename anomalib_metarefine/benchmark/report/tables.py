@@ -101,20 +101,24 @@ def comparison(rows: pd.DataFrame, metric: Metric, training: str, categories: bo
         breaks.add(len(body))
         for contamination, level in part.groupby("contamination"):
             if is_average:
+                is_fair = True
                 cells, note = _averages(level, metric.column, models)
                 first: list[Cell | str] = [Cell(name, note=note), share(contamination)]
             else:
+                # A mean over other seeds is over other images: no better or worse.
+                found = level.dropna(subset=[metric.column])
+                is_fair = found.groupby("model").seed.agg(frozenset).nunique() <= 1
                 cells = _figures(level, metric.column, models, most)
                 first = [name, share(contamination)]
-            body.append([*first, *_best_in_bold(cells, metric.lowest)])
+            body.append([*first, *(_best_in_bold(cells, metric.lowest) if is_fair else cells)])
     return Table(
         f"{metric.name}, {_MEANING[training]}",
         ["data", "dirty", *models],
         body,
         labels=2,
         text=f"Mean ± standard deviation over {most} seed{'s' * (most != 1)}; (n): over n of them. The "
-        f"{'lowest' if metric.lowest else 'highest'} of a row is bold. Averages count every data set the same, and are "
-        "over cells that all models of the row have.",
+        f"{'lowest' if metric.lowest else 'highest'} of a row is bold, where all are over the same seeds. Averages "
+        "count every data set the same, and are over cells that all models of the row have.",
         breaks=breaks,
     )
 
