@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint docs clean
+.PHONY: install learn2learn demo test test-slow lint docs clean
 
 install: $(STAMP)
 
@@ -13,6 +13,19 @@ $(STAMP): pyproject.toml anomalib_metarefine_plugins.pth
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
+
+# Optional: the other backend of meta-learning, and the reference that our own is tested against. 0.2.0 is the last
+# release, and nothing promises that another one builds this way.
+learn2learn: $(VENV)/.learn2learn
+
+# First what it imports. Not all that it asks for (--no-deps): qpth pins numpy<2, and anomalib's packages need numpy 2.
+# `build_ext` has its setup.py compile the .pyx files anew: the C files it ships don't compile from Python 3.11 on. Only
+# the build by PEP 517 hands this word on, and fetches Cython.
+$(VENV)/.learn2learn: $(STAMP)
+	$(BIN)/pip install --quiet gym requests scipy tqdm
+	$(BIN)/pip install --quiet --no-deps --no-binary learn2learn --use-pep517 \
+		--config-settings=--build-option=build_ext learn2learn==0.2.0
+	touch $@
 
 demo: $(STAMP)
 	$(BIN)/metarefine demo --out demo

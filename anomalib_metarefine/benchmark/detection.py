@@ -23,11 +23,10 @@ from sklearn.metrics import roc_auc_score
 from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.curation.contamination import estimate_contamination
 from anomalib_metarefine.data.contamination import Contaminated
-from anomalib_metarefine.density.flow import PatchFlow
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.collect import collect_features
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -82,7 +81,7 @@ def run(
                     yield f"{data_set.name}, contamination {contamination:g}, seed {seed} left out: {error}"
                     continue
                 if features is None:
-                    features = _all_features(datamodule, data_set)
+                    features = all_features(datamodule, data_set)
                 paths = datamodule.train_data.samples.image_path.astype(str).tolist()
                 for score, rule in wanted:
                     row = {"data": data_set.name, "contamination": contamination, "seed": seed}
@@ -90,8 +89,16 @@ def run(
                     yield row | {"score": score, "rule": rule} | found
 
 
-def _all_features(datamodule: Contaminated, data_set: DataSet) -> tuple[FeatureStore, tuple[int, int]]:
-    """Features of every image, whichever set it may be drawn for."""
+def all_features(datamodule: Contaminated, data_set: DataSet) -> tuple[FeatureStore, tuple[int, int]]:
+    """Features of every image, whichever set it may be drawn for.
+
+    Args:
+        datamodule (Contaminated): Where the images come from.
+        data_set (DataSet): How they are read.
+
+    Returns:
+        tuple[FeatureStore, tuple[int, int]]: Embeddings, and rows and columns of patches.
+    """
     source = datamodule.datamodule
     source.setup()
     paths = [*source.train_data.samples.image_path, *source.test_data.samples.image_path]
@@ -120,11 +127,10 @@ def _curate(
     store.add(paths, features.images([row_of[path] for path in paths]))
     likelihood, neighbours = SCORES[score]
     settings = dataclasses.replace(FitSettings(), rule=rule, likelihood_weight=likelihood, neighbour_weight=neighbours)
-    torch.manual_seed(seed)
-    flow = PatchFlow(settings.dimensions, settings.blocks, settings.hidden)
+    flow = new_flow(store.shape[1], settings, seed)
     generator = torch.Generator().manual_seed(seed)
     begin = time.perf_counter()
-    fitter = DensityFitter(store, flow, grid, settings, generator, Progress(disable=True), lambda _figures, _step: None)
+    fitter = DensityFitter(store, flow, grid, settings, generator, Progress(disable=True))
     _, refinement = fitter.fit()
     scores = np.array(refinement.scores)
     estimate = estimate_contamination(scores)

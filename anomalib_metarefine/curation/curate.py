@@ -6,11 +6,10 @@ a decision about every image. Nothing of the user's is changed.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -18,24 +17,20 @@ import numpy as np
 import pandas as pd
 import torch
 
-from anomalib_metarefine import __version__
 from anomalib_metarefine.curation.contamination import Contamination, estimate_contamination
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
+from anomalib_metarefine.curation.gather import gather, versions
 from anomalib_metarefine.curation.manifest import Manifest, data_sha256
-from anomalib_metarefine.curation.quality import ImageFacts, inspect_images
+from anomalib_metarefine.curation.quality import ImageFacts
 from anomalib_metarefine.curation.report import write_report
 from anomalib_metarefine.curation.review import load_remembered, read_decisions
 from anomalib_metarefine.curation.rules import get_rule
-from anomalib_metarefine.curation.sources import EXTENSIONS, Source, read_source, some
-from anomalib_metarefine.density.flow import PatchFlow
+from anomalib_metarefine.curation.sources import EXTENSIONS, some
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
-from anomalib_metarefine.features.collect import collect_features
-from anomalib_metarefine.features.resize import suggested_size
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, progress_bars
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow, progress_bars
 
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
-    from rich.progress import Progress
 
     from anomalib_metarefine.curation.refine import Refinement
 
@@ -130,36 +125,27 @@ def curate(
         >>> Engine().train(Padim(), datamodule=curation.manifest.datamodule(test=my_datamodule))  # doctest: +SKIP
     """
     get_rule(rule)
-    source = read_source(data, root, extensions)
     chosen = FitSettings(**{**vars(settings or FitSettings()), "rule": rule, "rounds": rounds})
-    seconds: dict[str, float] = {}
     with progress_bars(progress) as bars:
-        facts = _inspect(source, quality, bars, seconds)
-        readable = [i for i, fact in enumerate(facts) if fact.unreadable is None]
-        if not readable:
-            msg = f"None of the {len(facts)} images can be read. The first is {facts[0].path} ({facts[0].unreadable})."
-            raise ValueError(msg)
-        known = _known(decisions, dict(zip(source.names, facts, strict=True)))
-        image_size = image_size or _median_size([facts[i] for i in readable])
-        generator = torch.Generator().manual_seed(seed)
-        begin = time.perf_counter()
-        task = bars.add_task("features", total=len(readable))
-        store, grid = collect_features(
-            [source.paths[i] for i in readable],
+        gathered = gather(
+            data,
             Backbone(backbone, layers),
             backbone,
-            image_size,
-            batch_size,
-            memory_limit_mb,
-            lambda count: bars.update(task, advance=count),
+            bars,
+            root=root,
+            extensions=extensions,
+            image_size=image_size,
+            batch_size=batch_size,
+            memory_limit_mb=memory_limit_mb,
         )
-        seconds["features"] = time.perf_counter() - begin
+        source, store, seconds = gathered.source, gathered.store, gathered.seconds
+        facts = gathered.facts if quality else [replace(fact, findings=()) for fact in gathered.facts]
+        known = _known(decisions, dict(zip(source.names, facts, strict=True)))
         begin = time.perf_counter()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            flow = PatchFlow(min(chosen.dimensions, store.shape[1]), chosen.blocks, chosen.hidden)
-        fitter = DensityFitter(store, flow, grid, chosen, generator, bars, lambda _figures, _step: None)
-        row_of = {str(source.paths[i]): i for i in readable}
+        flow = new_flow(store.shape[1], chosen, seed)
+        generator = torch.Generator().manual_seed(seed)
+        fitter = DensityFitter(store, flow, gathered.grid, chosen, generator, bars)
+        row_of = {str(source.paths[i]): i for i in gathered.readable}
         rows = [row_of[store.paths[i]] for i in fitter.order]
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
         _, refinement = fitter.fit({place: decision == "keep" for place, decision in decided.items()})
@@ -181,9 +167,9 @@ def curate(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "root": str(source.root),
         "source": str(data) if isinstance(data, str | Path) else source.name,
-        "versions": _versions(),
+        "versions": versions(),
         "seed": seed,
-        "settings": {"backbone": backbone, "image_size": list(image_size), "quality": quality, **vars(chosen)},
+        "settings": {"backbone": backbone, "image_size": list(gathered.image_size), "quality": quality, **vars(chosen)},
         "data": {"images": len(facts), "sha256": data_sha256(names, [fact.sha256 for fact in facts])},
         "contamination": _contamination(posterior),
         "rounds": [
@@ -213,22 +199,6 @@ def _known(decisions: Decisions | Sequence[Decisions] | None, facts: dict[str, I
         raise ValueError(msg + "Paths must be relative to the root; the sha256 of an image always finds it.")
     hashes = [row.sha256 or facts[row.image_path].sha256 for row in table.itertuples()]
     return dict(zip(hashes, table.decision, strict=True))
-
-
-def _inspect(source: Source, quality: bool, bars: Progress, seconds: dict[str, float]) -> list[ImageFacts]:
-    begin = time.perf_counter()
-    task = bars.add_task("reading images", total=len(source.paths))
-    facts = inspect_images(source.paths, source.names, lambda: bars.update(task, advance=1))
-    seconds["reading"] = time.perf_counter() - begin
-    if quality:
-        return facts
-    return [ImageFacts(fact.path, fact.sha256, fact.unreadable, fact.width, fact.height) for fact in facts]
-
-
-def _median_size(facts: list[ImageFacts]) -> tuple[int, int]:
-    """A size of the shape of most images."""
-    ratio = float(np.median([fact.height / fact.width for fact in facts]))
-    return suggested_size(ratio, 1.0)
 
 
 def _decide(
@@ -319,13 +289,4 @@ def _contamination(posterior: Contamination) -> dict[str, float | bool]:
         "high": high,
         "level": _LEVEL,
         "visible_split": posterior.doubt <= _MOST_DOUBT * posterior.estimate,
-    }
-
-
-def _versions() -> dict[str, str]:
-    packages = ("anomalib", "torch", "timm", "numpy")
-    return {
-        "python": platform.python_version(),
-        "anomalib-metarefine": __version__,
-        **{package: version(package) for package in packages},
     }

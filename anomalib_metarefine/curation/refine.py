@@ -43,6 +43,7 @@ class Refinement:
         stop_reason (str): ``"converged"``, ``"cycle"``, ``"rounds"`` or ``"off"``.
         left_out (dict[str, str]): Images that were never scored, with the reason.
         parts (dict[str, list[float]]): What the final scores are made of.
+        unusual_patches (float): Share of the patches of the kept images that the final density was not fitted on.
     """
 
     paths: list[str]
@@ -52,6 +53,7 @@ class Refinement:
     stop_reason: str = "off"
     left_out: dict[str, str] = field(default_factory=dict)
     parts: dict[str, list[float]] = field(default_factory=dict)
+    unusual_patches: float = 0.0
 
     @property
     def rejected(self) -> list[str]:

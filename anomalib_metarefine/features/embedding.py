@@ -15,7 +15,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -101,41 +100,49 @@ class PositionalGaussian(NamedTuple):
         mean (torch.Tensor): ``[P x D]``.
         precision_root (torch.Tensor): ``L^-1``, ``[P x D x D]``, lower triangular.
         log_det (torch.Tensor): ``log |L^-1|``, ``[P]``: what the map adds to a log-likelihood.
-        count (int): Images it was fitted on.
+        count (torch.Tensor): Patches that each position was fitted on, ``[P]``.
         shrinkage (float): Weight of the pooled covariance.
     """
 
     mean: torch.Tensor
     precision_root: torch.Tensor
     log_det: torch.Tensor
-    count: int
+    count: torch.Tensor
     shrinkage: float
 
     @classmethod
-    def fit(cls, chunks: Iterable[torch.Tensor], shrinkage: float) -> PositionalGaussian:
+    def fit(
+        cls, chunks: Iterable[torch.Tensor], shrinkage: float, learned: torch.Tensor | None = None
+    ) -> PositionalGaussian:
         """Fit on the whitened patches of a set of images, read once, chunk by chunk.
 
         Args:
             chunks (Iterable[torch.Tensor]): ``[n x P x D]`` each, at least one image in all. One image is enough: the
                 spread then comes from the pooled covariance alone.
             shrinkage (float): Weight of the pooled covariance in every position's own, in [0, 1].
+            learned (torch.Tensor | None): ``[N x P]`` mask of the patches to learn from, for the images of all chunks
+                in order, with at least one patch of every position; ``None`` learns from all.
 
         Returns:
             PositionalGaussian: The fitted map.
         """
-        count, total, outer = 0, torch.zeros(()), torch.zeros(())
+        first, count, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
         for chunk in chunks:
             by_position = chunk.transpose(0, 1)  # [P x n x D]
-            count += len(chunk)
+            if learned is not None:
+                by_position = by_position * learned[first : first + len(chunk)].T.unsqueeze(2)
+                count = count + learned[first : first + len(chunk)].sum(0)
+            else:
+                count = count + chunk.new_full((chunk.shape[1],), len(chunk))
+            first += len(chunk)
             total = total + by_position.sum(1)
             outer = outer + by_position.transpose(1, 2) @ by_position
-        mean = total / count
-        own = (outer - count * mean.unsqueeze(2) * mean.unsqueeze(1)) / max(count - 1, 1)
-        centre = mean.mean(0)
-        pooled = outer.mean(0) / count - torch.outer(centre, centre)
-        if count == 1:
-            shrinkage = 1.0
-        covariance = torch.lerp(own, pooled.expand_as(own), shrinkage)
+        times = count.view(-1, 1, 1)
+        mean = total / times.squeeze(2)
+        own = (outer - times * mean.unsqueeze(2) * mean.unsqueeze(1)) / (times - 1).clamp_min(1)
+        centre = total.sum(0) / count.sum()
+        pooled = outer.sum(0) / count.sum() - torch.outer(centre, centre)
+        covariance = torch.lerp(own, pooled.expand_as(own), torch.where(times > 1, shrinkage, 1.0).to(own))
         covariance.diagonal(dim1=1, dim2=2).add_(_RIDGE)
         root = torch.linalg.cholesky(covariance)
         identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
@@ -163,11 +170,11 @@ class PositionalGaussian(NamedTuple):
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Corrected ``z``, and ``[N x P]`` corrected log-determinants.
         """
-        if self.count < 3:
+        if self.count.min() < 3:
             return z, self.log_det.expand(z.shape[:2])
-        leverage = (1 - self.shrinkage) * self.count / (self.count - 1) ** 2
+        leverage = (1 - self.shrinkage) * self.count / (self.count - 1).square()
         divisor = 1 + (1 - self.shrinkage) / (self.count - 2)
         remaining = (1 - leverage * z.square().sum(-1)).clamp_min(_MIN_REMAINING)
         stretch = self.count / (self.count - 1) * (divisor * remaining).rsqrt()
-        log_det = self.log_det - 0.5 * remaining.log() - 0.5 * z.shape[-1] * math.log(divisor)
+        log_det = self.log_det - 0.5 * remaining.log() - 0.5 * z.shape[-1] * divisor.log()
         return z * stretch.unsqueeze(-1), log_det

@@ -5,80 +5,172 @@ the *adapted* parameters do well on a disjoint query set. A loss is any function
 knows about flows.
 
 References:
-    Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", arXiv 1703.03400.
+    - Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", arXiv 1703.03400.
+    - Li et al., "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", arXiv 1707.09835 (learned step sizes).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 Parameters = dict[str, torch.Tensor]
 Loss = Callable[[Parameters, Any], torch.Tensor]
+BACKENDS = ("torch", "learn2learn")
 
 
-def adapt(
-    loss: Loss, parameters: Parameters, batches: Iterable[Any], step_size: float, create_graph: bool = False
-) -> Parameters:
-    """Inner loop: one step of gradient descent per batch.
+class Initialisation(NamedTuple):
+    """What meta-learning learns: where adaptation starts, and how large its steps are.
 
-    Args:
-        loss (Loss): Scalar loss of (parameters, batch).
-        parameters (Parameters): Starting point; left as it is.
-        batches (Iterable[Any]): One batch a step.
-        step_size (float): The paper's alpha.
-        create_graph (bool): Keep the graph through the steps, for a second-order outer gradient.
+    Attributes:
+        parameters (Parameters): Leaf tensors that require gradients.
+        step_sizes (Parameters): By names of ``parameters``: a scalar, or a tensor of the parameter's shape (Meta-SGD).
+            A parameter without one does not adapt (ANIL). Those that require gradients are learned.
+    """
 
-    Returns:
-        Parameters: The adapted parameters; without ``create_graph`` they are leaves without history.
+    parameters: Parameters
+    step_sizes: Parameters
+
+
+class MetaGradient(NamedTuple):
+    """Gradient of the mean query loss after adaptation, with respect to the initialisation.
+
+    Attributes:
+        parameters (Parameters): Gradient of every parameter.
+        step_sizes (Parameters): Gradient of every step size that is learned.
+        query_loss (float): The mean query loss.
+    """
+
+    parameters: Parameters
+    step_sizes: Parameters
+    query_loss: float
+
+
+class MetaLearner(Protocol):
+    """The two loops of MAML."""
+
+    def adapt(self, loss: Loss, start: Initialisation, batches: Iterable[Any]) -> Parameters:
+        """Inner loop: one step of gradient descent per batch.
+
+        Args:
+            loss (Loss): Scalar loss of (parameters, batch).
+            start (Initialisation): Starting point; left as it is.
+            batches (Iterable[Any]): One batch a step.
+
+        Returns:
+            Parameters: The adapted parameters: leaves without history that require gradients.
+        """
+
+    def gradient(
+        self, loss: Loss, start: Initialisation, episodes: Sequence[tuple[Sequence[Any], Any]], first_order: bool
+    ) -> MetaGradient:
+        """Outer loop: the gradient that moves the initialisation.
+
+        Args:
+            loss (Loss): Scalar loss of (parameters, batch).
+            start (Initialisation): The initialisation; left as it is.
+            episodes (Sequence[tuple[Sequence[Any], Any]]): For each task, at least one, its support batches (an inner
+                step each) and its query batch. Without support batches this is plain training on the query batch.
+            first_order (bool): Take the inner gradients as constants (FOMAML): no second derivatives, about half the
+                time.
+
+        Returns:
+            MetaGradient: Of the mean query loss.
+        """
+
+
+class TorchLearner:
+    """`MetaLearner` by ``torch.autograd``.
 
     Example:
         >>> square = lambda p, target: (p["w"] - target).square().sum()
-        >>> adapt(square, {"w": torch.zeros(1, requires_grad=True)}, [1.0], step_size=0.25)["w"]
+        >>> start = Initialisation({"w": torch.zeros(1, requires_grad=True)}, {"w": torch.tensor(0.25)})
+        >>> TorchLearner().adapt(square, start, [1.0])["w"]
         tensor([0.5000], requires_grad=True)
     """
-    for batch in batches:
-        gradients = torch.autograd.grad(loss(parameters, batch), list(parameters.values()), create_graph=create_graph)
-        parameters = {
-            name: value - step_size * gradient
-            for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
-        }
-        if not create_graph:
-            parameters = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-    return parameters
+
+    def adapt(self, loss: Loss, start: Initialisation, batches: Iterable[Any]) -> Parameters:
+        """See `MetaLearner.adapt`."""
+        parameters = as_leaves(start.parameters)
+        for batch in batches:
+            parameters = as_leaves(_step(loss, parameters, start.step_sizes, batch, create_graph=False))
+        return parameters
+
+    def gradient(
+        self, loss: Loss, start: Initialisation, episodes: Sequence[tuple[Sequence[Any], Any]], first_order: bool
+    ) -> MetaGradient:
+        """See `MetaLearner.gradient`."""
+
+        def query_losses() -> Iterator[torch.Tensor]:
+            for support, query in episodes:
+                parameters = start.parameters
+                for batch in support:
+                    parameters = _step(loss, parameters, start.step_sizes, batch, create_graph=not first_order)
+                yield loss(parameters, query)
+
+        return outer_gradient(start, query_losses(), len(episodes))
 
 
-def meta_gradient(
-    loss: Loss,
-    parameters: Parameters,
-    episodes: Sequence[tuple[Sequence[Any], Any]],
-    step_size: float,
-    first_order: bool = False,
-) -> tuple[Parameters, float]:
-    """Outer gradient: of the mean query loss after adaptation, with respect to the initialisation.
+def get_learner(backend: str) -> MetaLearner:
+    """The implementation of meta-learning of that name.
 
     Args:
-        loss (Loss): Scalar loss of (parameters, batch).
-        parameters (Parameters): The initialisation; its tensors require gradients.
-        episodes (Sequence[tuple[Sequence[Any], Any]]): For each task its support batches (one inner step each) and its
-            query batch.
-        step_size (float): Inner step size.
-        first_order (bool): Treat the adapted parameters as if they were the initialisation (FOMAML): no second
-            derivatives, about half the time.
+        backend (str): ``"torch"`` or ``"learn2learn"``; both compute the same.
 
     Returns:
-        tuple[Parameters, float]: Gradient by parameter name, and the mean query loss.
+        MetaLearner: The implementation.
+
+    Raises:
+        ValueError: If there is none of that name.
+        ModuleNotFoundError: If learn2learn is asked for and is not installed.
     """
-    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    query_loss = 0.0
-    for support, query in episodes:
-        adapted = adapt(loss, parameters, support, step_size, create_graph=not first_order)
-        value = loss(adapted, query)
-        source = adapted if first_order else parameters
-        gradients = torch.autograd.grad(value, list(source.values()))
-        for name, gradient in zip(total, gradients, strict=True):
-            total[name] += gradient / len(episodes)
-        query_loss += value.item() / len(episodes)
-    return total, query_loss
+    if backend == "torch":
+        return TorchLearner()
+    if backend == "learn2learn":
+        from anomalib_metarefine.meta.learn2learn_backend import Learn2LearnLearner
+
+        return Learn2LearnLearner()
+    msg = f"There is no meta-learning backend {backend!r}. Choose one of {list(BACKENDS)}."
+    raise ValueError(msg)
+
+
+def outer_gradient(start: Initialisation, query_losses: Iterable[torch.Tensor], count: int) -> MetaGradient:
+    """Gradient of the mean of ``count`` query losses whose graphs lead back to ``start``.
+
+    The losses come one by one, so that only one task's graph is in memory at a time.
+    """
+    learned = {name: size for name, size in start.step_sizes.items() if size.requires_grad}
+    sources = [*start.parameters.values(), *learned.values()]
+    total = [torch.zeros_like(source) for source in sources]
+    mean = 0.0
+    for value in query_losses:
+        # Zeros for what the loss does not depend on: step sizes, when there is no support set.
+        gradients = torch.autograd.grad(value, sources, materialize_grads=True)
+        total = [so_far + gradient / count for so_far, gradient in zip(total, gradients, strict=True)]
+        mean += value.item() / count
+    split = len(start.parameters)
+    return MetaGradient(
+        dict(zip(start.parameters, total[:split], strict=True)), dict(zip(learned, total[split:], strict=True)), mean
+    )
+
+
+def as_leaves(parameters: Parameters) -> Parameters:
+    """Copies without history that require gradients."""
+    return {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+
+
+def _step(
+    loss: Loss,
+    parameters: Parameters,
+    step_sizes: Parameters,
+    batch: Any,  # noqa: ANN401
+    create_graph: bool,
+) -> Parameters:
+    adapting = [parameters[name] for name in step_sizes]
+    gradients = torch.autograd.grad(loss(parameters, batch), adapting, create_graph=create_graph)
+    return parameters | {
+        name: value - step_sizes[name] * gradient
+        for name, value, gradient in zip(step_sizes, adapting, gradients, strict=True)
+    }

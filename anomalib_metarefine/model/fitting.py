@@ -8,35 +8,44 @@ draw their patches from a pool of limited size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.func import functional_call
+from torch.nn import functional
 
+from anomalib_metarefine.curation.patches import keeps_order, usual_patches
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
 from anomalib_metarefine.curation.rules import get_rule
 from anomalib_metarefine.curation.scores import hybrid
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
 from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch, draw_episode
-from anomalib_metarefine.meta.maml import Parameters, adapt, meta_gradient
+from anomalib_metarefine.meta.algorithms import get_algorithm, initialise
+from anomalib_metarefine.meta.episodes import PatchBatch, draw_patches
+from anomalib_metarefine.meta.maml import Initialisation, Parameters, get_learner
+from anomalib_metarefine.meta.training import Category, MetaSettings, meta_train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from anomalib_metarefine.features.store import FeatureStore
+    from anomalib_metarefine.meta.maml import Loss
+    from anomalib_metarefine.meta.synthetic import SyntheticAnomalies
+
+Log: TypeAlias = "Callable[[dict[str, float], int], None]"
 
 _CHUNK = 64  # images whitened at a time
 _POOL = 384  # images that gradient steps draw from
 _NEIGHBOUR_TAIL = 0.02  # share of the patches; between what ELPV (0.03) and `screw` (0.01) like best
 _WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
+_SYNTHETIC_PATCHES = 1024  # each with a matrix of its place while it is whitened
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class FitSettings(MetaSettings):
     """Settings of meta-training and refinement; `MetaRefine` documents each, and has the same defaults."""
 
     dimensions: int = 128
@@ -45,19 +54,16 @@ class FitSettings:
     shrinkage: float = 0.2
     tail: float = 0.03
     trim: float = 0.1
-    meta_steps: int = 10
-    episodes: int = 2
-    support_images: int = 16
-    inner_steps: int = 2
-    inner_lr: float = 0.1
-    meta_lr: float = 5e-4
-    first_order: bool = False
     adaptation_steps: int = 10
-    batch_patches: int = 1024
     likelihood_weight: float = 0.0
     neighbour_weight: float = 1.0
     rule: str = "auto"
     rounds: int = 4
+    patch_fence: float = 2.5
+
+
+def _ignore(_figures: dict[str, float], _step: int) -> None:
+    return
 
 
 class Density(NamedTuple):
@@ -78,7 +84,11 @@ class DensityFitter:
         settings (FitSettings): See `MetaRefine`.
         generator (torch.Generator): Source of all randomness.
         progress (Progress): Where bars are shown.
-        log (Callable[[dict[str, float], int], None]): Receives figures and their step.
+        log (Log): Receives figures and their step.
+        synthetic (SyntheticAnomalies | None): Anomalies to dirty support sets with; ``None`` makes them of features.
+        whitening (Whitening | None): Global whitening; ``None`` fits it on the store.
+        initial (Initialisation | None): A meta-learned initialisation; ``None`` learns one on the store. It knows
+            patches by its own global whitening, so the two belong together.
     """
 
     def __init__(
@@ -89,7 +99,10 @@ class DensityFitter:
         settings: FitSettings,
         generator: torch.Generator,
         progress: Progress,
-        log: Callable[[dict[str, float], int], None],
+        log: Log = _ignore,
+        synthetic: SyntheticAnomalies | None = None,
+        whitening: Whitening | None = None,
+        initial: Initialisation | None = None,
     ) -> None:
         self.store, self.flow, self.settings = store, flow, settings
         self.generator, self.progress, self.log = generator, progress, log
@@ -97,7 +110,12 @@ class DensityFitter:
         self.grid = grid
         # Sorted by path, so that results of several runs list the images alike, however the dataloader shuffled.
         self.order = np.argsort(store.paths, kind="stable")
-        self.whitening = Whitening.fit(store.sample_patches(_WHITENING_PATCHES, generator), flow.dimensions)
+        self.synthetic, self.initial = synthetic, initial
+        self.whitening = whitening or Whitening.fit(
+            store.sample_patches(_WHITENING_PATCHES, generator), flow.dimensions
+        )
+        self.loss = flow_loss(flow, settings.trim, settings.ranking)
+        self.learned = torch.ones(len(store), len(self.positions), dtype=torch.bool)  # patches; of kept images only
 
     def fit(self, known: Mapping[int, bool] | None = None) -> tuple[Density, Refinement]:
         """Meta-train, then refine.
@@ -108,7 +126,7 @@ class DensityFitter:
         Returns:
             tuple[Density, Refinement]: The density fitted on the kept images, and what was decided about each image.
         """
-        initial = self.meta_train()
+        initial = self.initial or self.meta_train()
         weights = self._weights()
         self.neighbours = self._find_neighbours() if "neighbours" in weights else None
         task = self.progress.add_task("refinement", total=self.settings.rounds + 1)
@@ -134,46 +152,35 @@ class DensityFitter:
 
         paths = [self.store.paths[i] for i in self.order]
         refinement = refine(score, paths, get_rule(self.settings.rule), self.settings.rounds, report, known)
-        if "likelihood" not in weights:
+        if self.neighbours is not None:
+            self._leave_out_patches()
             self.density = self.fit_kept(self.kept, initial)
             self.parts["likelihood"] = self.likelihood_scores()
+        refinement.unusual_patches = 1 - self.learned[self.kept].float().mean().item()
         refinement.left_out = dict(self.store.left_out)
         refinement.parts = {name: values.tolist() for name, values in self.parts.items()}
         self.progress.update(task, completed=self.settings.rounds + 1)
         return self.density, refinement
 
-    def meta_train(self) -> Parameters:
-        """MAML over episodes drawn from all training images, dirty ones included.
+    def meta_train(self) -> Initialisation:
+        """Learn the flow's initialisation on episodes drawn from all training images, dirty ones included."""
+        start = initial_guess(self.flow, self.settings)
+        return learn_initialisation(
+            [self.category()], start, self.loss, self.settings, self.generator, self.progress, self.log
+        )
 
-        Returns:
-            Parameters: The meta-learned initialisation of the flow.
-        """
-        settings = self.settings
-        everything = np.ones(len(self.store), dtype=bool)
-        pool = self._pool(everything, self.fit_gaussian(everything))
-        parameters = trainable(self.flow)
-        optimizer = torch.optim.Adam(parameters.values(), lr=settings.meta_lr)
-        task = self.progress.add_task("meta-training", total=settings.meta_steps)
-        for step in range(settings.meta_steps):
-            episodes = [
-                draw_episode(
-                    pool,
-                    self.positions,
-                    settings.support_images,
-                    settings.inner_steps,
-                    settings.batch_patches,
-                    self.generator,
-                )
-                for _ in range(settings.episodes)
-            ]
-            gradients, query = meta_gradient(self._loss, parameters, episodes, settings.inner_lr, settings.first_order)
-            for name, value in parameters.items():
-                value.grad = gradients[name]
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            self.progress.update(task, advance=1, description=f"meta-training, query {query:.3f} bits/dim")
-            self.log({"meta/query_bits_per_dim": query}, step)
-        return {name: value.detach().requires_grad_() for name, value in parameters.items()}
+    def category(self, kept: np.ndarray | None = None) -> Category:
+        """The training images, or those of a mask ``[N]``, whitened, as episodes are drawn from them."""
+        kept = np.ones(len(self.store), dtype=bool) if kept is None else kept
+        gaussian = self.fit_gaussian(kept)
+        synthetic = None
+        if self.synthetic is not None:
+            embeddings, places = self.synthetic.patches(_SYNTHETIC_PATCHES, self.generator)
+            centred = self.whitening(embeddings) - gaussian.mean[places]
+            patches = (gaussian.precision_root[places] @ centred.unsqueeze(2)).squeeze(2)
+            if len(patches):  # of a few images the damage may cover no patch
+                synthetic = PatchBatch(patches, self.positions[places])
+        return Category(self._pool(self._pool_rows(kept), gaussian), self.positions, synthetic)
 
     def _find_neighbours(self) -> NearestImages:
         task = self.progress.add_task("comparing images", total=len(self.store))
@@ -186,22 +193,44 @@ class DensityFitter:
         )
 
     def fit_gaussian(self, kept: np.ndarray) -> PositionalGaussian:
-        """Positional whitening of the kept images (``[N]`` mask)."""
-        return PositionalGaussian.fit(
-            (chunk for _, chunk in self.whitened(np.flatnonzero(kept))), self.settings.shrinkage
-        )
+        """Positional whitening of the kept images (``[N]`` mask), less their rejected patches."""
+        chunks = (chunk for _, chunk in self.whitened(np.flatnonzero(kept)))
+        return PositionalGaussian.fit(chunks, self.settings.shrinkage, self.learned[kept])
 
-    def fit_kept(self, kept: np.ndarray, initial: Parameters) -> Density:
-        """Positional whitening from scratch and the flow from ``initial``: a rejected image leaves no trace."""
+    def fit_kept(self, kept: np.ndarray, initial: Initialisation) -> Density:
+        """Positional whitening from scratch and the flow from ``initial``: what is rejected leaves no trace."""
         settings = self.settings
         gaussian = self.fit_gaussian(kept)
-        pool = self._pool(kept, gaussian)
-        everyone = torch.arange(len(pool))
+        rows = self._pool_rows(kept)
+        pool, usable = self._pool(rows, gaussian), self.learned[rows].nonzero()
         batches = (
-            draw_batch(pool, self.positions, everyone, settings.batch_patches, self.generator)
+            draw_patches(pool, self.positions, usable, settings.batch_patches, self.generator)
             for _ in range(settings.adaptation_steps)
         )
-        return Density(self.whitening, gaussian, adapt(self._loss, initial, batches, settings.inner_lr))
+        parameters = get_learner(settings.meta_backend).adapt(self.loss, initial, batches)
+        return Density(self.whitening, gaussian, parameters)
+
+    def _leave_out_patches(self) -> None:
+        """Reject single patches of the kept images, if the others keep their order by it."""
+        if self.settings.patch_fence == 0:
+            return
+        usual = torch.ones_like(self.learned)
+        usual[self.kept] = torch.from_numpy(
+            usual_patches(self.episodes[0][self.kept].numpy(), self.settings.patch_fence)
+        )
+        before = self._gaussian_scores()
+        self.learned = usual
+        if not keeps_order(before, self._gaussian_scores()):
+            self.learned = torch.ones_like(usual)
+
+    def _gaussian_scores(self) -> np.ndarray:
+        """Scores of the kept images by the positional Gaussian alone, ``[n]``: what the flow adds is far smaller."""
+        gaussian = self.fit_gaussian(self.kept)
+        scores = []
+        for rows, chunk in self.whitened(np.flatnonzero(self.kept)):
+            z, log_det = self._held_out(chunk, gaussian, self.learned[rows])
+            scores.append(image_score(bits_per_dimension(z, log_det), self.settings.tail))
+        return torch.cat(scores).numpy()
 
     def _weights(self) -> dict[str, float]:
         """Weights of the parts of the score that refinement rejects by."""
@@ -238,19 +267,13 @@ class DensityFitter:
         kept, density = self.kept, self.density
         maps = torch.empty(len(kept), len(self.positions))
         for rows, chunk in self.whitened(np.arange(len(kept))):
-            z, log_det = self._held_out(chunk, density.gaussian, torch.from_numpy(kept[rows]))
+            fitted = self.learned[rows] & torch.from_numpy(kept[rows]).unsqueeze(1)
+            z, log_det = self._held_out(chunk, density.gaussian, fitted)
             output, flow_log_det = functional_call(
                 self.flow, density.parameters, (z.flatten(0, 1), self.positions.repeat(len(rows), 1))
             )
             maps[rows] = bits_per_dimension(output, flow_log_det + log_det.flatten()).view(len(rows), -1)
         return maps
-
-    def _loss(self, parameters: Parameters, batch: PatchBatch) -> torch.Tensor:
-        """Trimmed mean of the patch scores: the least likely patches of a dirty set must not be learned."""
-        z, log_det = functional_call(self.flow, parameters, tuple(batch))
-        bits = bits_per_dimension(z, log_det)
-        trusted = max(1, round((1 - self.settings.trim) * len(bits)))
-        return bits.topk(trusted, largest=False, sorted=False).values.mean()
 
     def whitened(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Chunks of image numbers and their globally whitened patches ``[n x P x D]``."""
@@ -258,23 +281,59 @@ class DensityFitter:
             part = rows[start : start + _CHUNK]
             yield part, self.whitening(self.store.images(self.order[part]))
 
-    def _pool(self, kept: np.ndarray, gaussian: PositionalGaussian) -> torch.Tensor:
-        """Whitened patches ``[n x P x D]`` of up to ``_POOL`` kept images, as held-out images would look."""
+    def _pool_rows(self, kept: np.ndarray) -> np.ndarray:
+        """Up to ``_POOL`` of the kept images, in order."""
         rows = np.flatnonzero(kept)
-        if len(rows) > _POOL:
-            picks = torch.randperm(len(rows), generator=self.generator)[:_POOL].sort().values.numpy()
-            rows = rows[picks]
+        if len(rows) <= _POOL:
+            return rows
+        return rows[torch.randperm(len(rows), generator=self.generator)[:_POOL].sort().values.numpy()]
+
+    def _pool(self, rows: np.ndarray, gaussian: PositionalGaussian) -> torch.Tensor:
+        """Whitened patches ``[n x P x D]`` of some images, as held-out images would look."""
         return torch.cat([gaussian.leave_one_out(gaussian(chunk))[0] for _, chunk in self.whitened(rows)])
 
     @staticmethod
     def _held_out(
         chunk: torch.Tensor, gaussian: PositionalGaussian, fitted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positional whitening, with the leave-one-out correction for the images that were ``fitted`` on."""
+        """Positional whitening, with the leave-one-out correction for the patches ``[n x P]`` that were fitted on."""
         z = gaussian(chunk)
         held_out, log_det = gaussian.leave_one_out(z)
-        mask = fitted.view(-1, 1)
-        return torch.where(mask.unsqueeze(-1), held_out, z), torch.where(mask, log_det, gaussian.log_det)
+        return torch.where(fitted.unsqueeze(-1), held_out, z), torch.where(fitted, log_det, gaussian.log_det)
+
+
+def new_flow(channels: int, settings: FitSettings, seed: int) -> PatchFlow:
+    """An untrained flow for embeddings of so many channels; the same seed gives the same permutations."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PatchFlow(min(settings.dimensions, channels), settings.blocks, settings.hidden)
+
+
+def learn_initialisation(
+    categories: Sequence[Category],
+    start: Initialisation,
+    loss: Loss,
+    settings: MetaSettings,
+    generator: torch.Generator,
+    progress: Progress,
+    log: Log = _ignore,
+) -> Initialisation:
+    """`meta_train` with a bar and a log; arguments as there and in `DensityFitter`."""
+    task = progress.add_task("meta-training", total=settings.meta_steps)
+
+    def on_step(step: int, query_loss: float) -> None:
+        progress.update(task, advance=1, description=f"meta-training, query {query_loss:.3f} bits/dim")
+        log({"meta/query_bits_per_dim": query_loss}, step)
+
+    return meta_train(categories, start, loss, settings, generator, on_step)
+
+
+def initial_guess(flow: PatchFlow, settings: FitSettings) -> Initialisation:
+    """The untrained flow, and the step sizes that the algorithm of ``settings`` begins with."""
+    algorithm = get_algorithm(settings.meta_algorithm)
+    return initialise(
+        trainable(flow), algorithm, settings.inner_lr, lambda name: flow.in_last_blocks(name, algorithm.last_blocks)
+    )
 
 
 def trainable(flow: PatchFlow) -> Parameters:
@@ -282,6 +341,36 @@ def trainable(flow: PatchFlow) -> Parameters:
     return {
         name: value.detach().clone().requires_grad_() for name, value in flow.named_parameters() if value.requires_grad
     }
+
+
+def flow_loss(flow: PatchFlow, trim: float, ranking: float) -> Loss:
+    """Loss of the flow's parameters on a `PatchBatch`: trimmed mean of the patch scores, in bits per dimension.
+
+    The least likely patches of a dirty set must not be learned. Where the batch says which of its patches are synthetic
+    anomalies, these do not count as normal, and ``ranking`` weighs how often they score below normal ones.
+
+    Args:
+        flow (PatchFlow): The architecture.
+        trim (float): Share of the least likely patches that are not learned from.
+        ranking (float): Weight of the ranking loss, the logistic of the difference in score of random pairs.
+
+    Returns:
+        Loss: A scalar function of parameters and batch.
+    """
+
+    def loss(parameters: Parameters, batch: PatchBatch) -> torch.Tensor:
+        z, log_det = functional_call(flow, parameters, (batch.patches, batch.positions))
+        bits = bits_per_dimension(z, log_det)
+        normal = bits if batch.anomalous is None else bits[~batch.anomalous]
+        trusted = max(1, round((1 - trim) * len(normal)))
+        likelihood = normal.topk(trusted, largest=False, sorted=False).values.mean()
+        if batch.anomalous is None or not batch.anomalous.any():
+            return likelihood
+        anomalous = bits[batch.anomalous]
+        pairs = normal[torch.arange(len(anomalous)) % len(normal)] - anomalous
+        return likelihood + ranking * functional.softplus(pairs).mean()
+
+    return loss
 
 
 def progress_bars(enabled: bool) -> Progress:

@@ -34,9 +34,13 @@ from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.readable import check_images
 from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
 from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.meta.algorithms import get_algorithm
+from anomalib_metarefine.meta.maml import BACKENDS, Initialisation, get_learner
+from anomalib_metarefine.meta.synthetic import KINDS, SyntheticAnomalies
 from anomalib_metarefine.model.calibration import calibrate_model
 from anomalib_metarefine.model.export import data_hashes, describe, exportable, quantize
 from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, progress_bars
+from anomalib_metarefine.model.initialisation import SharedInitialisation
 from anomalib_metarefine.model.torch_model import MetaRefineModel
 
 if TYPE_CHECKING:
@@ -67,13 +71,19 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         shrinkage (float): Weight in [0, 1] of the pooled covariance in that of every grid position.
         tail (float): Share of the patches that make the image score, in (0, 1].
         trim (float): Share of the least likely patches in every batch that the flow does not learn from, in [0, 1).
-        meta_steps (int): Outer steps of MAML; 0 starts from the untrained flow.
+        meta_algorithm (str): How the initialisation is learned: ``"maml"``, ``"fomaml"``, ``"anil"``, ``"metasgd"`` or
+            ``"pretraining"`` (`meta.algorithms`).
+        meta_backend (str): ``"torch"``, or ``"learn2learn"``, which computes the same.
+        meta_steps (int): Outer steps; 0 starts from the untrained flow.
         episodes (int): Tasks per outer step.
         support_images (int): Images in a support set.
         inner_steps (int): Inner steps of an episode.
         inner_lr (float): Step size of the inner loop and of the adaptation in every round.
         meta_lr (float): Step size of the outer loop (Adam).
-        first_order (bool): FOMAML instead of MAML.
+        synthetic (str): Anomalies that support sets are dirtied with: made of ``"features"``, which costs nothing, or
+            of images: ``"perlin"`` noise or ``"cutpaste"``.
+        ranking (float): Weight, in the outer loss, of ranking synthetic anomalies above normal patches.
+        init_from (str | Path | None): File of `metarefine meta-train` to start from, instead of meta-training here.
         adaptation_steps (int): Gradient steps from the meta-learned initialisation in every round.
         batch_patches (int): Patches per gradient step.
         likelihood_weight (float): Weight of the likelihood in the score that refinement rejects by. Above 0, every
@@ -82,6 +92,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
             contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
         rounds (int): Rounds of refinement at most; 0 trains on everything.
+        patch_fence (float): After refinement, single patches of the kept images that lie this many spreads further from
+            their like than other patches of the same place are not learned from; 0 learns from all. Where parts lie
+            anywhere, all are learned from anyway (`curation.patches`). Needs ``neighbour_weight`` above 0.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
             backbone was trained.
@@ -112,19 +125,24 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         shrinkage: float = 0.2,
         tail: float = 0.03,
         trim: float = 0.1,
+        meta_algorithm: str = "maml",
+        meta_backend: str = "torch",
         meta_steps: int = 10,
         episodes: int = 2,
         support_images: int = 16,
         inner_steps: int = 2,
         inner_lr: float = 0.1,
         meta_lr: float = 5e-4,
-        first_order: bool = False,
+        synthetic: str = "features",
+        ranking: float = 0.0,
+        init_from: str | Path | None = None,
         adaptation_steps: int = 10,
         batch_patches: int = 1024,
         likelihood_weight: float = 0.0,
         neighbour_weight: float = 1.0,
         rule: str = "auto",
         rounds: int = 4,
+        patch_fence: float = 2.5,
         memory_limit_mb: float = 2048,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -134,7 +152,10 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         _check("shrinkage", shrinkage, 0 <= shrinkage <= 1, "a number in [0, 1]")
         _check("tail", tail, 0 < tail <= 1, "a number in (0, 1]")
         _check("trim", trim, 0 <= trim < 1, "a number in [0, 1)")
-        for name, value in [("likelihood_weight", likelihood_weight), ("neighbour_weight", neighbour_weight)]:
+        for name, value in [
+            ("likelihood_weight", likelihood_weight), ("neighbour_weight", neighbour_weight),
+            ("patch_fence", patch_fence), ("ranking", ranking),
+        ]:  # fmt: skip
             _check(name, value, value >= 0, "a number of at least 0")
         _check(
             "neighbour_weight",
@@ -148,6 +169,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             ("adaptation_steps", adaptation_steps, 0), ("batch_patches", batch_patches, 1), ("rounds", rounds, 0),
         ]:  # fmt: skip
             _check(name, value, value >= least, f"an integer of at least {least}")
+        _check("synthetic", synthetic, synthetic in KINDS, f"one of {', '.join(KINDS)}")
+        get_algorithm(meta_algorithm)
+        _check("meta_backend", meta_backend, meta_backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
         get_rule(rule)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(tuple(image_size), backbone)
@@ -168,14 +192,21 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             inner_steps=inner_steps,
             inner_lr=inner_lr,
             meta_lr=meta_lr,
-            first_order=first_order,
+            meta_algorithm=meta_algorithm,
+            meta_backend=meta_backend,
+            ranking=ranking,
             adaptation_steps=adaptation_steps,
             batch_patches=batch_patches,
             likelihood_weight=likelihood_weight,
             neighbour_weight=neighbour_weight,
             rule=rule,
             rounds=rounds,
+            patch_fence=patch_fence,
         )
+        self._backbone, self._init_from = backbone, init_from
+        self._shared: SharedInitialisation | None = None
+        self._initial: Initialisation | None = None
+        self._synthetic = None if synthetic == "features" else SyntheticAnomalies(synthetic, *normalization(backbone))
         self.refinement: Refinement | None = None
         self.calibration: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
@@ -212,6 +243,18 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             readable = [i for i, path in enumerate(paths) if str(path) not in self._unreadable]
             datamodule.train_data = train_data.subsample(readable)
 
+    def on_fit_start(self) -> None:
+        """Fail now, before the pass over the images, if meta-learning can't have what it needs.
+
+        Not sooner: a fitted checkpoint is loaded by now, and does without both.
+        """
+        if self._is_fitted:
+            return
+        get_learner(self.settings.meta_backend)
+        if self._init_from:
+            self._shared = SharedInitialisation.load(self._init_from)
+            self._initial = self._shared.hand_to(self.model, self._backbone)
+
     def on_train_start(self) -> None:
         """Give the datamodule its full training set back: the training dataloader exists by now."""
         if self._full_train_data is not None:
@@ -235,6 +278,8 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
                 self._warn_if_squashed(batch)
             embeddings, self._grid = self.model.embed(batch.image)
             self._store.add(batch.image_path, embeddings)
+            if self._synthetic is not None and self._initial is None:
+                self._synthetic.add(batch.image, self.model.embed)
         return {"loss": torch.zeros((), requires_grad=True, device=self.device)}
 
     def fit(self) -> None:
@@ -256,7 +301,16 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             torch.enable_grad(),
         ):
             fitter = DensityFitter(
-                self._store, self.model.flow.cpu(), self._grid, self.settings, generator, progress, self._log_figures
+                self._store,
+                self.model.flow.cpu(),
+                self._grid,
+                self.settings,
+                generator,
+                progress,
+                self._log_figures,
+                self._synthetic,
+                self._shared.whitening if self._shared else None,
+                self._initial,
             )
             density, self.refinement = fitter.fit()
         self.model.load_density(density, self._grid)
@@ -265,8 +319,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         self.provenance = {"seed": seed, **data_hashes(self.refinement, self._hashes)}
         self._set_first_thresholds()
         logger.info(
-            "Refinement kept %d of %d training images (%s).",
+            "Refinement kept %d of %d training images (%s), and %.1f %% of their patches.",
             sum(self.refinement.kept), len(self.refinement.kept), self.refinement.stop_reason,
+            100 - 100 * self.refinement.unusual_patches,
         )  # fmt: skip
         for path, reason in self._store.left_out.items():
             logger.warning("%s is left out: %s", path, reason)

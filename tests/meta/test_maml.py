@@ -1,79 +1,149 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from anomalib_metarefine.density.flow import PatchFlow, position_code
-from anomalib_metarefine.meta.episodes import PatchBatch, dirty, draw_episode
-from anomalib_metarefine.meta.maml import adapt, meta_gradient
-from anomalib_metarefine.model.fitting import trainable
-
-
-def quadratic(parameters, target):
-    return 0.5 * (parameters["w"] - target).square().sum() + parameters["w"].pow(4).sum() / 4
-
-
-def start():
-    return {"w": torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)}
-
+from anomalib_metarefine.meta.maml import Initialisation, TorchLearner, get_learner
 
 EPISODES = [([torch.tensor([1.0, 2.0])] * 2, torch.tensor([0.5, 1.0])), ([torch.tensor([-1.0, 0.0])], torch.zeros(2))]
+LEARNER = TorchLearner()
 
 
-def mean_query_loss(w, step_size):
-    return sum(quadratic(adapt(quadratic, {"w": w}, s, step_size, create_graph=True), q) for s, q in EPISODES) / 2
+def quartic(parameters, target):
+    """Not quadratic, so that second derivatives differ along the way; `b` is coupled with `w`."""
+    w, b = parameters["w"], parameters["b"]
+    return 0.5 * (w - target).square().sum() + w.pow(4).sum() / 4 + (b * w[0]).sin() + 0.5 * b.square()
+
+
+def tensor(values, grad=False):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def start(learned=False, step_sizes=None):
+    parameters = {"w": tensor([0.3, -0.7], grad=True), "b": tensor(0.4, grad=True)}
+    return Initialisation(parameters, step_sizes or {"w": tensor([0.1, 0.05], learned), "b": tensor(0.2, learned)})
+
+
+def mean_query_loss(initialisation):
+    adapted = [(LEARNER.adapt(quartic, initialisation, support), query) for support, query in EPISODES]
+    return sum(quartic(parameters, query).item() for parameters, query in adapted) / len(EPISODES)
+
+
+def numeric_gradient(initialisation, value, eps=1e-6):
+    """Central differences of the mean query loss with respect to one tensor of the initialisation."""
+    result = torch.zeros_like(value)
+    for i in range(value.numel()):
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                value.view(-1)[i] += sign * eps
+            losses.append(mean_query_loss(initialisation))
+            with torch.no_grad():
+                value.view(-1)[i] -= sign * eps
+        result.view(-1)[i] = (losses[0] - losses[1]) / (2 * eps)
+    return result
 
 
 def test_second_order_gradient_is_that_of_the_whole_computation():
-    parameters = start()
-    gradient, loss = meta_gradient(quadratic, parameters, EPISODES, 0.1)
-    value = mean_query_loss(parameters["w"], 0.1)
-    torch.testing.assert_close(gradient["w"], torch.autograd.grad(value, parameters["w"])[0])
-    assert loss == pytest.approx(value.item())
-    w, eps = parameters["w"].detach(), 1e-6
-    for i, unit in enumerate(torch.eye(2, dtype=torch.float64)):  # and that of finite differences
-        high, low = ((w + s * eps * unit).requires_grad_() for s in (1, -1))
-        numeric = (mean_query_loss(high, 0.1) - mean_query_loss(low, 0.1)).item() / (2 * eps)
-        assert gradient["w"][i].item() == pytest.approx(numeric, abs=1e-6)
+    initialisation = start(learned=True)
+    gradient = LEARNER.gradient(quartic, initialisation, EPISODES, first_order=False)
+    assert gradient.query_loss == pytest.approx(mean_query_loss(initialisation))
+    for found, values in zip(gradient[:2], initialisation, strict=True):
+        assert found.keys() == values.keys()
+        for name, value in values.items():
+            torch.testing.assert_close(found[name], numeric_gradient(initialisation, value), atol=1e-7, rtol=1e-6)
 
 
 def test_first_order_gradient_is_taken_at_the_adapted_parameters():
-    parameters = start()
-    gradient, _ = meta_gradient(quadratic, parameters, EPISODES[:1], 0.1, first_order=True)
-    adapted = adapt(quadratic, parameters, EPISODES[0][0], 0.1)
-    expected = torch.autograd.grad(quadratic(adapted, EPISODES[0][1]), adapted["w"])[0]
-    torch.testing.assert_close(gradient["w"], expected)
-    second, _ = meta_gradient(quadratic, parameters, EPISODES[:1], 0.1)
-    assert not torch.allclose(second["w"], gradient["w"])
+    initialisation = start()
+    (support, query), *_ = EPISODES
+    first = LEARNER.gradient(quartic, initialisation, [(support, query)], first_order=True).parameters
+    adapted = LEARNER.adapt(quartic, initialisation, support)
+    expected = torch.autograd.grad(quartic(adapted, query), list(adapted.values()))
+    torch.testing.assert_close(list(first.values()), list(expected))
+    second = LEARNER.gradient(quartic, initialisation, [(support, query)], first_order=False).parameters
+    assert not torch.allclose(first["w"], second["w"])
 
 
-def test_adaptation_leaves_the_initialisation_alone():
-    parameters = start()
-    before = parameters["w"].detach().clone()
-    adapt(quadratic, parameters, EPISODES[0][0], 0.1)
-    torch.testing.assert_close(parameters["w"].detach(), before)
+def test_first_order_step_sizes_get_minus_query_gradient_times_inner_gradients():
+    initialisation = start(learned=True)
+    (support, query), *_ = EPISODES
+    found = LEARNER.gradient(quartic, initialisation, [(support, query)], first_order=True).step_sizes
+    adapted = LEARNER.adapt(quartic, initialisation, support)
+    outer = torch.autograd.grad(quartic(adapted, query), list(adapted.values()))
+    for name, gradient in zip(adapted, outer, strict=True):
+        # The inner gradients add up to the way that was gone, divided by the step size.
+        inner = (initialisation.parameters[name] - adapted[name]) / initialisation.step_sizes[name]
+        torch.testing.assert_close(found[name], (-gradient * inner).detach())
 
 
-def test_frozen_permutations_stay_out():
-    flow = PatchFlow(8)
-    assert not any("w_perm" in name for name in trainable(flow))
-    assert any("subnet" in name for name in trainable(flow))
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_parameter_without_step_size_stays_and_is_still_learned(first_order):
+    initialisation = start(step_sizes={"b": tensor(0.2)})
+    adapted = LEARNER.adapt(quartic, initialisation, EPISODES[0][0])
+    assert torch.equal(adapted["w"], initialisation.parameters["w"])
+    assert adapted["b"] != initialisation.parameters["b"]
+    gradient = LEARNER.gradient(quartic, initialisation, EPISODES, first_order)
+    assert (gradient.parameters["w"] != 0).all()
+    if not first_order:
+        expected = numeric_gradient(initialisation, initialisation.parameters["w"])
+        torch.testing.assert_close(gradient.parameters["w"], expected, atol=1e-7, rtol=1e-6)
+    assert gradient.step_sizes == {}  # constant
 
 
-def test_support_and_query_come_from_different_images():
-    images = torch.arange(10.0).view(10, 1, 1).expand(10, 6, 4)  # every patch carries the number of its image
-    episode = draw_episode(images, position_code(2, 3), 4, steps=3, size=64, generator=torch.Generator().manual_seed(0))
-    query = set(episode.query.patches[:, 0].tolist())
-    whole = [b.patches[(b.patches == b.patches[:, :1]).all(1), 0].tolist() for b in episode.support]
-    assert query
-    assert not query & {value for batch in whole for value in batch}
+@given(
+    w=st.lists(st.floats(-2, 2), min_size=2, max_size=2),
+    targets=st.lists(st.floats(-2, 2), min_size=1, max_size=4),
+    first_order=st.booleans(),
+)
+@settings(deadline=None)
+def test_without_support_it_is_the_plain_gradient(w, targets, first_order):
+    parameters = {"w": tensor(w, grad=True), "b": tensor(0.4, grad=True)}
+    initialisation = Initialisation(parameters, {"w": tensor(0.1, grad=True)})
+    found = LEARNER.gradient(quartic, initialisation, [((), tensor(t)) for t in targets], first_order)
+    mean = sum(quartic(parameters, tensor(t)) for t in targets) / len(targets)
+    torch.testing.assert_close(list(found.parameters.values()), list(torch.autograd.grad(mean, parameters.values())))
+    assert found.step_sizes["w"] == 0
+    assert found.query_loss == pytest.approx(mean.item())
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
-def test_the_stated_share_of_patches_is_dirtied(rate):
-    batch = PatchBatch(torch.randn(200, 5), torch.zeros(200, 16))
-    changed = (dirty(batch, rate, torch.Generator().manual_seed(0)).patches != batch.patches).any(1).sum().item()
-    assert changed == pytest.approx(rate * 200, abs=5)  # a patch may be pasted onto itself
+@given(
+    curvature=st.lists(st.floats(0.1, 3), min_size=3, max_size=3),
+    distance=st.lists(st.floats(-5, 5), min_size=3, max_size=3),
+    step_size=st.floats(0, 0.5),
+    steps=st.integers(0, 5),
+)
+@settings(deadline=None)
+def test_steps_on_a_parabola_have_a_closed_form(curvature, distance, step_size, steps):
+    # On 0.5 a w^2 a step shrinks w by 1 - s a; after k steps of it the query loss 0.5 a w^2 has the gradient
+    # a (1 - s a)^2k w, and in first order a (1 - s a)^k w.
+    a, w = tensor(curvature), tensor(distance, grad=True)
+    initialisation = Initialisation({"w": w}, {"w": tensor(step_size)})
+
+    def parabola(parameters, _):
+        return 0.5 * (a * parameters["w"].square()).sum()
+
+    shrinkage = (1 - step_size * a) ** steps
+    torch.testing.assert_close(LEARNER.adapt(parabola, initialisation, [None] * steps)["w"], shrinkage * w)
+    for first_order, power in [(True, 1), (False, 2)]:
+        found = LEARNER.gradient(parabola, initialisation, [([None] * steps, None)], first_order)
+        torch.testing.assert_close(found.parameters["w"], (a * shrinkage**power * w).detach())
 
 
-def test_one_image_is_support_and_query():
-    episode = draw_episode(torch.randn(1, 6, 4), position_code(2, 3), 4, 1, 8, torch.Generator())
-    assert len(episode.query.patches) == 8
+@pytest.mark.parametrize("steps", [0, 2])
+def test_adapted_parameters_are_leaves_of_their_own(steps):
+    initialisation = start(learned=True)
+    before = {name: value.detach().clone() for name, value in initialisation.parameters.items()}
+    adapted = LEARNER.adapt(quartic, initialisation, EPISODES[0][0][:steps])
+    assert all(value.is_leaf and value.requires_grad for value in adapted.values())
+    with torch.no_grad():
+        adapted["w"] += 1
+    for name, value in initialisation.parameters.items():
+        assert torch.equal(value, before[name])
+        assert value.grad is None
+
+
+def test_backends_are_called_by_name():
+    assert isinstance(get_learner("torch"), TorchLearner)
+    with pytest.raises(ValueError, match="'jax'.*'torch', 'learn2learn'"):
+        get_learner("jax")

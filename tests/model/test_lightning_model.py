@@ -10,8 +10,12 @@ from anomalib.engine import Engine
 from lightning import seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from anomalib_metarefine import Contaminated, MetaRefine
+from anomalib_metarefine.model.fitting import FitSettings
+from anomalib_metarefine.model.initialisation import SharedInitialisation, learn_shared
+from anomalib_metarefine.model.torch_model import MetaRefineModel
 from tests.conftest import folder
 
 SMALL = {"image_size": (96, 96), "dimensions": 32, "meta_steps": 2, "adaptation_steps": 2, "visualizer": False}
@@ -148,6 +152,11 @@ def test_mixed_sizes_and_channels(parts, tmp_path):
         ({"shrinkage": 1.5}, r"shrinkage must be a number in \[0, 1\], found 1.5"),
         ({"tail": 0}, "tail must be"),
         ({"rounds": -1}, "rounds must be an integer of at least 0"),
+        ({"patch_fence": -1}, "patch_fence must be a number of at least 0, found -1"),
+        ({"ranking": -0.5}, "ranking must be a number of at least 0, found -0.5"),
+        ({"meta_algorithm": "mamal"}, r"'mamal'.*'maml'"),
+        ({"meta_backend": "jax"}, "meta_backend must be one of torch, learn2learn, found 'jax'"),
+        ({"synthetic": "draem"}, "synthetic must be one of features, perlin, cutpaste, found 'draem'"),
     ],
 )
 def test_wrong_settings_are_named(setting, message):
@@ -161,3 +170,124 @@ def test_unfitted_model_and_wrong_size_say_what_to_do(datamodule, tmp_path):
     model, _ = trained(datamodule, tmp_path)
     with pytest.raises(ValueError, match="give 8 x 8 patches"):
         model.model(torch.zeros(1, 3, 128, 128))
+
+
+def plate(noise, spot=False):
+    """A striped plate, the same in every image but for its noise; a spot is always at one place."""
+    rows, columns = np.mgrid[:96, :96]
+    pixels = 120 + 40 * np.sin(rows / 6) + 10 * np.cos(columns / 9)
+    pixels += np.random.default_rng(int(100 * noise)).normal(0, noise, pixels.shape)
+    if spot:
+        pixels[36:48, 36:48] += 100
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def spotted(tmp_path):
+    """24 plates that are ever noisier, three of them with a spot, and a test set to detect it in."""
+    for name in ("train/good", "test/good", "test/blob"):
+        (tmp_path / name).mkdir(parents=True)
+    for i in range(24):
+        plate(2 + i, spot=i % 8 == 3).save(tmp_path / "train/good" / f"{i:02d}.png")
+    for i in range(4):
+        plate(5.01 + i).save(tmp_path / "test/good" / f"{i}.png")
+        plate(5.02 + i, spot=True).save(tmp_path / "test/blob" / f"{i}.png")
+    return tmp_path
+
+
+def test_small_defects_in_kept_images_are_not_learned_from(spotted):
+    images = torch.stack([pil_to_tensor(plate(6.5, spot).convert("RGB")) / 255 for spot in (False, True)])
+    rise, shares = {}, {}
+    for fence in (2.5, 0):
+        # No image is rejected: what is found is found patch by patch.
+        model, _ = trained(folder(spotted), spotted, rule="share:0", tail=0.2, patch_fence=fence)
+        assert all(model.refinement.kept)
+        with torch.no_grad():
+            clean, spot = model.eval().model(model.pre_processor.transform(images)).anomaly_map
+        rise[fence] = (spot - clean).view(6, 16, 6, 16).mean((1, 3))  # bits per dimension that the spot adds, by patch
+        shares[fence] = model.refinement.unusual_patches
+    assert shares[0] == 0
+    assert 3 / (24 * 36) <= shares[2.5] < 0.06
+    assert rise[2.5][2, 2] > 10 * rise[0][2, 2]
+    assert (rise[2.5] - rise[0])[5].abs().max() < 0.2  # far from it, all is as it was
+
+
+def test_patches_are_all_learned_where_images_are_few_or_not_compared(spotted):
+    model, _ = trained(folder(spotted), spotted, rounds=0)
+    assert model.refinement.unusual_patches == 0
+    for path in sorted((spotted / "train/good").iterdir())[7:]:
+        path.unlink()
+    model, _ = trained(folder(spotted), spotted, rule="share:0")
+    assert model.refinement.unusual_patches == 0
+
+
+@pytest.fixture
+def shared(parts):
+    settings = FitSettings(dimensions=32, meta_steps=2, batch_patches=64)
+    found = learn_shared([(parts / "test/good", (96, 96))], settings=settings, progress=False)
+    path = parts / "shared" / "start.pt"
+    found.save(path)
+    return path
+
+
+def test_a_shared_initialisation_is_trained_from_and_not_needed_afterwards(parts, shared, tmp_path):
+    start = SharedInitialisation.load(shared)
+    # Nothing is meta-trained here, so the steps do not matter; without adaptation, the flow is the one of the file.
+    model, runner = trained(folder(parts), tmp_path, init_from=shared, meta_steps=10**9, adaptation_steps=0)
+    torch.testing.assert_close(dict(model.model.flow.state_dict()), dict(start.flow), rtol=0, atol=0)
+    assert torch.equal(model.model.scorer.projection, start.whitening.projection)
+    assert runner.test(model, datamodule=folder(parts))[0]["image_AUROC"] == 1
+    shared.unlink()
+    checkpoint = runner.trainer.checkpoint_callback.best_model_path
+    loaded = MetaRefine.load_from_checkpoint(checkpoint).eval()
+    assert loaded.refinement == model.refinement
+    image = torch.rand(1, 3, 96, 96)
+    torch.testing.assert_close(loaded(image).pred_score, model.eval()(image).pred_score)
+    assert engine(tmp_path).test(loaded, datamodule=folder(parts))[0]["image_AUROC"] == 1
+
+
+def test_a_finished_checkpoint_goes_on_without_the_file_it_began_with(parts, shared, tmp_path):
+    model, runner = trained(folder(parts), tmp_path, init_from=str(shared))
+    shared.unlink()
+    checkpoint = runner.trainer.checkpoint_callback.best_model_path
+    again = MetaRefine(**SMALL, init_from=str(shared))
+    engine(tmp_path).fit(again, datamodule=folder(parts), ckpt_path=checkpoint)
+    assert again.refinement == model.refinement
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dimensions": 16}, "dimensions is 16 here and 32 there"),
+        ({"backbone": "resnet18", "pre_trained": False}, "backbone is 'resnet18' here"),
+        ({"init_from": "nowhere.pt"}, r"nowhere\.pt"),
+    ],
+)
+def test_a_wrong_initialisation_is_refused_before_the_backbone_runs(
+    parts, shared, tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr(MetaRefineModel, "embed", lambda *_: pytest.fail("the pass over the images has begun"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        trained(folder(parts), tmp_path, **{"init_from": shared, **settings})
+
+
+@pytest.mark.parametrize("synthetic", ["perlin", "cutpaste"])
+def test_synthetic_anomalies_of_images_train(datamodule, tmp_path, synthetic):
+    model, runner = trained(datamodule, tmp_path, synthetic=synthetic, ranking=0.5)
+    assert len(model.refinement.paths) == 24
+    assert runner.test(model, datamodule=datamodule)[0]["image_AUROC"] == 1
+
+
+@pytest.mark.parametrize("synthetic", ["perlin", "cutpaste"])
+def test_small_images_without_a_synthetic_anomaly_train_all_the_same(parts, tmp_path, synthetic):
+    for path in sorted((parts / "train/good").iterdir())[4:]:
+        path.unlink()
+    model, _ = trained(folder(parts), tmp_path, synthetic=synthetic, ranking=0.5, image_size=(32, 32))
+    assert len(model.refinement.paths) == 4
+
+
+@pytest.mark.parametrize("algorithm", ["anil", "metasgd"])
+def test_other_algorithms_train(datamodule, tmp_path, algorithm):
+    model, runner = trained(datamodule, tmp_path, meta_algorithm=algorithm)
+    assert model.settings.meta_algorithm == algorithm
+    assert runner.test(model, datamodule=datamodule)[0]["image_AUROC"] == 1

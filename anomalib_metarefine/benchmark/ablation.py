@@ -1,0 +1,291 @@
+"""What does the initialisation of the flow buy? Every way to get one, with and without refinement, on dirty folders.
+
+Features of a data set are computed once, and the images that neighbours reject once for each training set; what is
+left, meta-training and fitting, is what the rows differ in.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.progress import Progress
+from sklearn.metrics import roc_auc_score
+
+from anomalib_metarefine.benchmark.detection import all_features
+from anomalib_metarefine.benchmark.markdown import markdown
+from anomalib_metarefine.data.contamination import Contaminated
+from anomalib_metarefine.density.flow import image_score, position_code
+from anomalib_metarefine.density.scorer import PatchScorer
+from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.model.fitting import (
+    Density,
+    DensityFitter,
+    FitSettings,
+    initial_guess,
+    learn_initialisation,
+    new_flow,
+)
+from anomalib_metarefine.model.initialisation import learn_together
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from anomalib_metarefine.benchmark.data_sets import DataSet
+    from anomalib_metarefine.features.embedding import Whitening
+    from anomalib_metarefine.meta.maml import Initialisation
+
+KEY = ["data", "train_images", "contamination", "seed", "start", "refinement"]
+_TRAINED = {"meta_steps": 50, "meta_lr": 2e-3}
+STARTS: dict[str, dict[str, Any]] = {
+    "random": {"meta_steps": 0},
+    "MAML, 10 small steps": {"meta_steps": 10, "meta_lr": 5e-4},
+    "pre-training": {"meta_algorithm": "pretraining", **_TRAINED},
+    "FOMAML": {"meta_algorithm": "fomaml", **_TRAINED},
+    "MAML": _TRAINED,
+    "ANIL": {"meta_algorithm": "anil", **_TRAINED},
+    "Meta-SGD": {"meta_algorithm": "metasgd", **_TRAINED},
+    "MAML over other data sets": _TRAINED,
+    "full training on what is kept": {"meta_algorithm": "pretraining", **_TRAINED},
+}
+_OTHERS, _FULL = "MAML over other data sets", "full training on what is kept"
+REFINEMENTS: dict[str, dict[str, Any]] = {
+    "none": {"rounds": 0},
+    "neighbours": {},
+    "likelihood": {"likelihood_weight": 1.0, "neighbour_weight": 0.0, "rule": "iqr"},  # the paper's
+}
+_CHUNK = 64  # test images at a time
+
+
+class Features(NamedTuple):
+    """All images of a data set.
+
+    Attributes:
+        store (FeatureStore): Embeddings.
+        grid (tuple[int, int]): Rows and columns of patches.
+        seconds (float): What the backbone took for an image.
+    """
+
+    store: FeatureStore
+    grid: tuple[int, int]
+    seconds: float
+
+
+def run(
+    out: Path,
+    data: Sequence[DataSet],
+    train_images: Sequence[int | None],
+    contaminations: Sequence[float],
+    seeds: Sequence[int],
+    starts: Sequence[str],
+    refinements: Sequence[str],
+) -> Iterator[dict[str, Any] | str]:
+    """Fit and test every cell that is not in the result file yet.
+
+    Args:
+        out (Path): CSV that rows are added to.
+        data (Sequence[DataSet]): Data sets; an initialisation "over other data sets" is learned on the others of these.
+        train_images (Sequence[int | None]): Sizes of the training set; ``None`` is the data set's own.
+        contaminations (Sequence[float]): Shares of dirty training images, in [0, 1).
+        seeds (Sequence[int]): Which images are drawn, and everything random.
+        starts (Sequence[str]): Keys of `STARTS`.
+        refinements (Sequence[str]): Keys of `REFINEMENTS`.
+
+    Yields:
+        dict[str, Any] | str: A row: `KEY`, image AUROC, bits per dimension of normal test patches, images rejected with
+            precision and recall, seconds of meta-training, of everything after it, and of the backbone for these
+            training images; or why a training set can't be had.
+    """
+    finished = set(pd.read_csv(out)[KEY].itertuples(index=False, name=None)) if out.is_file() else set()
+    features: dict[str, Features] = {}
+    for seed in seeds:
+        for data_set in data:
+            for size in train_images:
+                for contamination in contaminations:
+                    images = size or data_set.train_images
+                    where = (data_set.name, images, contamination, seed)
+                    wanted = [(s, r) for s in starts for r in refinements if (*where, s, r) not in finished]
+                    if not wanted:
+                        continue
+                    try:
+                        training = _Training(data_set, data, features, images, contamination, seed)
+                    except ValueError as error:
+                        yield f"{data_set.name}, {images} images, {contamination:.0%}, seed {seed} left out: {error}"
+                        continue
+                    for start, refinement in wanted:
+                        row = dict(zip(KEY, (*where, start, refinement), strict=True))
+                        row |= training.measure(start, refinement)
+                        pd.DataFrame([row]).to_csv(out, mode="a", header=not out.is_file(), index=False)
+                        yield row
+
+
+class _Training:
+    """One training set, and what its rows share."""
+
+    def __init__(
+        self,
+        data_set: DataSet,
+        all_data: Sequence[DataSet],
+        features: dict[str, Features],
+        images: int | None,
+        contamination: float,
+        seed: int,
+    ) -> None:
+        self.seed, self.contamination, self.known = seed, contamination, features
+        self.others = [other for other in all_data if other.name != data_set.name]
+        self.store, self.grid, datamodule = self._load(data_set, images, contamination)
+        self.dirty = set(datamodule.injected)
+        samples = datamodule.test_data.samples
+        whole = features[data_set.name].store
+        self.test = whole.images(_rows(whole, samples.image_path.astype(str)))
+        self.labels = samples.label_index.to_numpy()
+        self.backbone_seconds = features[data_set.name].seconds * len(self.store)
+        self.flow = new_flow(self.store.shape[1], FitSettings(), seed)
+        self.whitening = self.fitter({}).whitening
+        self.learned: dict[str, tuple[Whitening, Initialisation, float]] = {}
+
+    def measure(self, start: str, refinement: str) -> dict[str, Any]:
+        """One row."""
+        whitening, initial, meta_seconds = self.initialisation(start)
+        begin = time.perf_counter()
+        fitter = self.fitter(REFINEMENTS[refinement], whitening, initial)
+        kept = np.ones(len(self.store), dtype=bool)
+        if refinement == "likelihood":
+            density, found = fitter.fit()
+            kept = np.array(found.kept)
+        elif refinement == "neighbours":
+            kept, fitter.learned = self.refined.kept, self.refined.learned
+        if start == _FULL:
+            density = self.fully_trained(fitter, kept)
+        elif refinement != "likelihood":
+            density = fitter.fit_kept(kept, initial)
+        seconds = time.perf_counter() - begin
+        dirty = np.isin([self.store.paths[i] for i in fitter.order], list(self.dirty))
+        scores, bits = self.score(density)
+        return {
+            "image_AUROC": roc_auc_score(self.labels, scores),
+            "normal_bits": bits,
+            "rejected": int((~kept).sum()),
+            "precision": dirty[~kept].mean() if not kept.all() else float("nan"),
+            "recall": (~kept)[dirty].mean() if dirty.any() else float("nan"),
+            "meta_seconds": meta_seconds,
+            "fit_seconds": seconds,
+            "backbone_seconds": self.backbone_seconds,
+        }
+
+    def initialisation(self, start: str) -> tuple[Whitening, Initialisation, float]:
+        """Global whitening, initialisation behind it, and the seconds it took."""
+        if start not in self.learned:
+            settings = dataclasses.replace(FitSettings(), **STARTS[start])
+            generator, begin = torch.Generator().manual_seed(self.seed), time.perf_counter()
+            if start == _OTHERS:
+                others = [self._load(other, None, self.contamination)[:2] for other in self.others]
+                begin = time.perf_counter()
+                learned = learn_together(others, self.flow, settings, generator, Progress(disable=True))
+            elif start == _FULL:  # is trained when it is known on what
+                learned = self.whitening, initial_guess(self.flow, settings)
+            else:
+                learned = self.whitening, self.fitter(STARTS[start], self.whitening).meta_train()
+            self.learned[start] = (*learned, time.perf_counter() - begin)
+        return self.learned[start]
+
+    @cached_property
+    def refined(self) -> DensityFitter:
+        """After refinement by neighbours, which has nothing to do with the initialisation."""
+        fitter = self.fitter({"meta_steps": 0}, self.whitening)
+        fitter.fit()
+        return fitter
+
+    def fully_trained(self, fitter: DensityFitter, kept: np.ndarray) -> Density:
+        """The flow trained on the kept images from its random start, as long as the others are meta-trained."""
+        settings = dataclasses.replace(FitSettings(), **STARTS[_FULL])
+        start = initial_guess(self.flow, settings)
+        trained = learn_initialisation(
+            [fitter.category(kept)], start, fitter.loss, settings, fitter.generator, fitter.progress
+        )
+        return Density(fitter.whitening, fitter.fit_gaussian(kept), trained.parameters)
+
+    def fitter(
+        self, changes: dict[str, Any], whitening: Whitening | None = None, initial: Initialisation | None = None
+    ) -> DensityFitter:
+        """Of these training images; the same random numbers for all."""
+        settings = dataclasses.replace(FitSettings(), **changes)
+        generator = torch.Generator().manual_seed(self.seed)
+        quiet = Progress(disable=True)
+        return DensityFitter(
+            self.store, self.flow, self.grid, settings, generator, quiet, whitening=whitening, initial=initial
+        )
+
+    @torch.no_grad()
+    def score(self, density: Density) -> tuple[np.ndarray, float]:
+        """Image scores of the test set, and the mean bits per dimension of the patches of its normal images."""
+        flow, scorer = copy.deepcopy(self.flow), PatchScorer()
+        flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
+        scorer.load(density.whitening, density.gaussian, flow, position_code(*self.grid))
+        maps = torch.cat([scorer(chunk) for chunk in self.test.split(_CHUNK)])
+        return image_score(maps, FitSettings().tail).numpy(), maps[self.labels == 0].mean().item()
+
+    def _load(
+        self, data_set: DataSet, images: int | None, contamination: float
+    ) -> tuple[FeatureStore, tuple[int, int], Contaminated]:
+        images = images or data_set.train_images
+        datamodule = Contaminated(data_set.datamodule(self.seed), contamination, "no-overlap", self.seed, images)
+        datamodule.setup()
+        if data_set.name not in self.known:
+            begin = time.perf_counter()
+            store, grid = all_features(datamodule, data_set)
+            self.known[data_set.name] = Features(store, grid, (time.perf_counter() - begin) / len(store))
+        whole = self.known[data_set.name]
+        paths = datamodule.train_data.samples.image_path.astype(str).tolist()
+        store = FeatureStore()
+        store.add(paths, whole.store.images(_rows(whole.store, paths)))
+        return store, whole.grid, datamodule
+
+
+def _rows(store: FeatureStore, paths: Sequence[str]) -> list[int]:
+    row_of = {path: row for row, path in enumerate(store.paths)}
+    return [row_of[path] for path in paths]
+
+
+def summarise(rows: pd.DataFrame) -> str:
+    """Markdown tables: image AUROC by start, one table for each refinement; and what each start costs.
+
+    Args:
+        rows (pd.DataFrame): Of `run`.
+
+    Returns:
+        str: Means over seeds ± standard deviations, in per cent; averages count every data set the same, and only cells
+            (data set, size, contamination, seed) that all starts of the table have.
+    """
+    parts = []
+    starts = [start for start in STARTS if start in set(rows.start)]
+    for refinement in (name for name in REFINEMENTS if name in set(rows.refinement)):
+        wide = rows[rows.refinement == refinement].pivot_table("image_AUROC", KEY[:4], "start")
+        wide = 100 * wide[[start for start in starts if start in wide]]
+        lines = [
+            [name, f"{images:g}", f"{share:.0%}", *(_spread(group[start].dropna()) for start in wide)]
+            for (name, images, share), group in wide.groupby(level=KEY[:3], sort=False)
+        ]
+        whole = wide.dropna().groupby(level=["data", "contamination", "train_images"]).mean()
+        few = whole.index.get_level_values("train_images").nunique() > whole.index.get_level_values("data").nunique()
+        for value, group in whole.groupby(level="train_images" if few else "contamination"):
+            label = ["average", f"{value:g}", ""] if few else ["average", "", f"{value:.0%}"]
+            lines.append([*label, *(f"{mean:.1f}" for mean in group.mean())])
+        parts += [f"### Refinement: {refinement}", markdown(["data", "images", "dirty", *wide.columns], lines)]
+    cost = rows[rows.refinement == "none"].assign(ratio=lambda r: r.meta_seconds / r.backbone_seconds)
+    costs = [[start, f"{cost[cost.start == start].ratio.median():.2f}"] for start in starts]
+    parts += ["### Seconds of meta-training in those of one pass of the backbone, median", markdown(["", ""], costs)]
+    return "\n\n".join(parts)
+
+
+def _spread(values: pd.Series) -> str:
+    if values.empty:
+        return ""
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")

@@ -1,0 +1,65 @@
+"""Patch-level rejection: an image with a small defect has many good patches, and no whole image need stand apart.
+
+Where dirty images score like clean ones (KolektorSDD, say) no fence between *images* finds them. Their defective
+patches still lie further from their like than other patches of the same place do, and can be left out of what is
+learned, place by place. That is only right where a place shows much the same in every image: with parts that lie
+anywhere, the rare patches of a place are the part itself. `keeps_order` tells the two apart.
+
+References:
+    Jiang et al., "SoftPatch: Unsupervised Anomaly Detection with Noisy Data", arXiv 2403.14233 (leaving out patches
+    instead of images, place by place).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import spearmanr
+
+_ONE_SIGMA = 0.1587  # of a normal distribution lies this far below the mean or further
+_LEAST_SPREAD = 0.05  # of log distances: places that look the same in all images have no spread at all
+_FEWEST_IMAGES = 8  # below, a quantile of a place is one image or another
+_LEAST_CORRELATION = 0.9
+
+
+def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
+    """Patches that are about as far from their like as other patches of the same place.
+
+    The spread of a place is read off the side that anomalies cannot touch, below the median. Half of the patches of a
+    place always pass.
+
+    Args:
+        distances (np.ndarray): ``[N x P]`` distance of each patch to the nearest like it, from 0 up.
+        fence (float): Spreads above the median from which on a patch is unusual.
+
+    Returns:
+        np.ndarray: ``[N x P]`` mask; all true where there are fewer than 8 images.
+
+    Example:
+        >>> distances = np.linspace(1.0, 1.5, 11)[:, None].repeat(2, axis=1)
+        >>> distances[0, 1] = 9.0
+        >>> (~usual_patches(distances, fence=2.5)).nonzero()
+        (array([0]), array([1]))
+    """
+    if len(distances) < _FEWEST_IMAGES:
+        return np.ones(distances.shape, dtype=bool)
+    logs = np.log(np.maximum(distances, np.finfo(np.float32).tiny))
+    low, median = np.quantile(logs, [_ONE_SIGMA, 0.5], axis=0)
+    return logs <= median + fence * np.maximum(median - low, _LEAST_SPREAD)
+
+
+def keeps_order(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether learning without the unusual patches leaves images in about the order they had.
+
+    Leaving out defects moves the images that have them. Leaving out what is normal, but rare at every single place,
+    moves all: their rank correlation is below 0.7 on `screw`, and above 0.97 on ELPV and KolektorSDD.
+
+    Args:
+        before (np.ndarray): Scores ``[N]`` under a density of all patches.
+        after (np.ndarray): Scores ``[N]`` of the same images under a density of the usual patches.
+
+    Returns:
+        bool: Whether Spearman's rank correlation is at least 0.9; false where there is none, as all scores are alike.
+    """
+    if np.ptp(before) == 0 or np.ptp(after) == 0:
+        return False
+    return bool(spearmanr(before, after).statistic >= _LEAST_CORRELATION)

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_metarefine.curation.gather import gather, versions
+from anomalib_metarefine.features.backbone import Backbone
+from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
+from anomalib_metarefine.model.fitting import progress_bars
+from tests.conftest import part
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return Backbone(OFFLINE_BACKBONE)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Five parts of 64 x 128 pixels, one of them a copy, one of another shape, and two files that are no images."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "line7" / "late").mkdir(parents=True)
+    for name in ["a.png", "b.png", "late/c.png"]:
+        part(rng, (64, 128)).save(tmp_path / "line7" / name)
+    part(rng, (128, 64)).save(tmp_path / "line7" / "upright.png")
+    (tmp_path / "line7" / "copy.png").write_bytes((tmp_path / "line7" / "a.png").read_bytes())
+    (tmp_path / "line7" / "aa.png").write_text("not an image")
+    (tmp_path / "line7" / "empty.png").write_bytes(b"")
+    return tmp_path / "line7"
+
+
+def gathered(data, backbone, **settings):
+    with progress_bars(enabled=False) as bars:
+        found = gather(data, backbone, OFFLINE_BACKBONE, bars, **{"image_size": (64, 96), **settings})
+        assert all(task.finished for task in bars.tasks)
+    return found
+
+
+def test_images_that_can_be_read_are_embedded_and_all_are_looked_at(root, backbone):
+    found = gathered(root, backbone)
+    names = found.source.names
+    assert names == sorted(["a.png", "aa.png", "b.png", "copy.png", "empty.png", "late/c.png", "upright.png"])
+    assert [fact.path for fact in found.facts] == [str(path) for path in found.source.paths]
+    assert [names[i] for i in found.readable] == ["a.png", "b.png", "copy.png", "late/c.png", "upright.png"]
+    assert found.store.paths == [str(found.source.paths[i]) for i in found.readable]
+    assert found.facts[names.index("copy.png")].findings == ("exact duplicate of a.png",)
+    assert found.facts[names.index("empty.png")].unreadable
+    assert (found.image_size, found.grid, found.store.shape) == ((64, 96), (4, 6), (24, 152))
+    assert found.seconds.keys() == {"reading", "features"}
+    assert min(found.seconds.values()) > 0
+
+
+def test_embeddings_belong_to_their_paths(root, backbone):
+    found = gathered(root, backbone, batch_size=2)
+    images = found.store.images()
+    place = {path.rsplit("/", 1)[-1]: row for row, path in enumerate(found.store.paths)}
+    assert (images[place["a.png"]] == images[place["copy.png"]]).float().mean() > 0.99
+    alone = gathered([root / "late/c.png"], backbone, root=root)
+    assert alone.source.names == ["late/c.png"]
+    assert (alone.store.images()[0] - images[place["c.png"]]).abs().max() < 0.02  # half precision
+
+
+def test_without_a_size_it_is_the_shape_of_most_images(root, backbone):
+    found = gathered(root, backbone, image_size=None)
+    assert found.image_size == (192, 352)
+    assert found.grid == (12, 22)
+
+
+def test_names_to_look_for_and_a_limit_to_memory(root, backbone):
+    Image.open(root / "a.png").save(root / "other.bmp")
+    found = gathered(root, backbone, extensions=(".bmp",), memory_limit_mb=0)
+    assert found.source.names == ["other.bmp"]
+    assert found.store.on_disk
+
+
+def test_without_an_image_it_says_why(root, backbone, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        gathered(tmp_path / "nowhere", backbone)
+    for path in root.rglob("*.png"):
+        path.write_text("not an image")
+    with pytest.raises(ValueError, match=r"None of the 7 images can be read. The first is .*a\.png \(.+\)"):
+        gathered(root, backbone)
+
+
+def test_versions_are_those_of_this_machine():
+    import torch
+
+    assert versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
+    assert {"python", "anomalib", "anomalib-metarefine", "timm", "numpy"} < versions().keys()

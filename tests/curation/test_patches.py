@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalib_metarefine.curation.patches import keeps_order, usual_patches
+
+SEEDS = st.integers(0, 2**32 - 1)
+FENCES = st.floats(0.1, 6)
+distances_of = st.builds(
+    # Random numbers from a seed: no two distances and no limit coincide, so that rounding decides nothing.
+    lambda seed, images, places, spread: np.random.default_rng(seed).lognormal(0, spread, (images, places)),
+    SEEDS,
+    st.integers(8, 40),
+    st.integers(1, 6),
+    st.sampled_from([0.01, 0.3, 1.5]),
+)
+
+
+@given(distances_of, FENCES, st.data())
+@settings(deadline=None)
+def test_the_unit_of_distance_of_a_place_does_not_matter(distances, fence, data):
+    place = data.draw(st.integers(0, distances.shape[1] - 1))
+    scaled = distances.copy()
+    scaled[:, place] *= data.draw(st.floats(1e-4, 1e4))
+    np.testing.assert_array_equal(usual_patches(scaled, fence), usual_patches(distances, fence))
+
+
+@given(st.lists(st.lists(st.floats(0, 1e6), min_size=3, max_size=3), min_size=1, max_size=20), st.floats(0, 6))
+@settings(deadline=None)
+def test_at_least_half_of_every_place_passes(distances, fence):
+    usual = usual_patches(np.array(distances), fence)
+    assert usual.shape == np.shape(distances)
+    assert usual.dtype == bool
+    assert (2 * usual.sum(0) >= len(distances)).all()
+
+
+@given(distances_of, FENCES, SEEDS)
+@settings(deadline=None)
+def test_the_order_of_images_and_of_places_does_not_matter(distances, fence, seed):
+    rng = np.random.default_rng(seed)
+    rows, columns = rng.permutation(distances.shape[0]), rng.permutation(distances.shape[1])
+    shuffled = distances[rows][:, columns]
+    np.testing.assert_array_equal(usual_patches(shuffled, fence), usual_patches(distances, fence)[rows][:, columns])
+
+
+@given(distances_of, FENCES, st.floats(1.1, 3))
+@settings(deadline=None)
+def test_a_lower_fence_leaves_out_more(distances, fence, factor):
+    assert not (usual_patches(distances, fence) & ~usual_patches(distances, factor * fence)).any()
+
+
+@given(SEEDS, st.integers(8, 40), st.integers(1, 6))
+@settings(deadline=None)
+def test_one_far_patch_is_found_and_changes_nothing_at_other_places(seed, images, places):
+    rng = np.random.default_rng(seed)
+    distances = rng.lognormal(0, 0.2, (images, places))
+    before = usual_patches(distances, 2.5)
+    image, place = rng.integers(images), rng.integers(places)
+    distances[image, place] = 1e3
+    after = usual_patches(distances, 2.5)
+    assert not after[image, place]
+    others = np.arange(places) != place
+    np.testing.assert_array_equal(after[:, others], before[:, others])
+
+
+@pytest.mark.parametrize("dirty", [1, 8, 16])
+def test_defects_of_up_to_40_percent_do_not_widen_the_fence(dirty):
+    rng = np.random.default_rng(0)
+    distances = rng.lognormal(0, 0.2, (40, 5))
+    distances[:dirty, 2] = 20
+    usual = usual_patches(distances, 2.5)
+    assert not usual[:dirty, 2].any()
+    assert usual.mean(0)[[0, 1, 3, 4]].min() > 0.9
+
+
+def test_places_without_spread_pass_by_a_little_and_not_by_much():
+    """Copies of one image are at distance 0, and rounding lifts some of them off it a little."""
+    assert usual_patches(np.zeros((20, 3)), 2.5).all()
+    distances = np.ones((20, 1))
+    distances[:2] = [[1.05], [2.0]]
+    assert (~usual_patches(distances, 2.5)).nonzero()[0].tolist() == [1]
+
+
+@pytest.mark.parametrize("images", [1, 7])
+def test_a_handful_of_images_is_left_whole(images):
+    distances = np.ones((images, 4))
+    distances[0] = 1e6
+    assert usual_patches(distances, 2.5).all()
+
+
+@given(
+    st.lists(st.integers(-1000, 1000), min_size=3, max_size=50, unique=True).map(lambda values: np.array(values) / 200),
+    st.sampled_from([np.exp, np.cbrt, np.arctan, lambda x: 3 * x - 7]),
+)
+@settings(deadline=None)
+def test_a_monotone_transformation_keeps_the_order(scores, transformation):
+    assert keeps_order(scores, transformation(scores))
+    assert keeps_order(transformation(scores), scores)
+    assert not keeps_order(scores, -transformation(scores))
+
+
+@given(SEEDS, st.integers(30, 200))
+@settings(deadline=None)
+def test_unrelated_scores_do_not_keep_it(seed, count):
+    before, after = np.random.default_rng(seed).normal(size=(2, count))
+    assert not keeps_order(before, after)
+
+
+def test_a_tenth_of_the_images_may_move():
+    """What leaving out defects does: the images that had them rise to the top, all others stay."""
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=200)
+    after = before + rng.normal(0, 0.05, 200)
+    after[before.argsort()[-20:]] += 5
+    assert keeps_order(before, after)
+    assert not keeps_order(before, before + rng.normal(0, 1, 200))
+
+
+@pytest.mark.parametrize("alike", [0, 1])
+def test_scores_that_are_all_alike_have_no_order(alike):
+    both = [np.arange(10.0), np.arange(10.0)]
+    both[alike] = np.ones(10)
+    assert not keeps_order(*both)
+    assert not keeps_order(np.ones(1), np.ones(1))
