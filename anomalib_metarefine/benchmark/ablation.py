@@ -52,10 +52,11 @@ STARTS: dict[str, dict[str, Any]] = {
     "MAML": _TRAINED,
     "ANIL": {"meta_algorithm": "anil", **_TRAINED},
     "Meta-SGD": {"meta_algorithm": "metasgd", **_TRAINED},
-    "MAML over other data sets": _TRAINED,
+    "MAML over other data sets": _TRAINED,  # not possible with one data set
     "full training on what is kept": {"meta_algorithm": "pretraining", **_TRAINED},
 }
-_OTHERS, _FULL = "MAML over other data sets", "full training on what is kept"
+OTHERS = "MAML over other data sets"
+_FULL = "full training on what is kept"
 REFINEMENTS: dict[str, dict[str, Any]] = {
     "none": {"rounds": 0},
     "neighbours": {},
@@ -185,7 +186,7 @@ class _Training:
         if start not in self.learned:
             settings = dataclasses.replace(FitSettings(), **STARTS[start])
             generator, begin = torch.Generator().manual_seed(self.seed), time.perf_counter()
-            if start == _OTHERS:
+            if start == OTHERS:
                 others = [self._load(other, None, self.contamination)[:2] for other in self.others]
                 begin = time.perf_counter()
                 learned = learn_together(others, self.flow, settings, generator, Progress(disable=True))

@@ -129,14 +129,18 @@ def _ablation_arguments(parser: argparse.ArgumentParser) -> None:
 def _ablation(options: argparse.Namespace) -> int:
     import pandas as pd
 
-    from anomalib_metarefine.benchmark.ablation import REFINEMENTS, STARTS, run, summarise
+    from anomalib_metarefine.benchmark.ablation import OTHERS, REFINEMENTS, STARTS, run, summarise
     from anomalib_metarefine.benchmark.data_sets import DataSet
 
-    starts, refinements = options.starts or list(STARTS), options.refinements or list(REFINEMENTS)
+    possible = [start for start in STARTS if start != OTHERS or len(options.data) > 1]
+    starts, refinements = options.starts or possible, options.refinements or list(REFINEMENTS)
     for option, names, known in (("--starts", starts, STARTS), ("--refinements", refinements, REFINEMENTS)):
         if unknown := [name for name in names if name not in known]:
             msg = f"{option} must be of {', '.join(map(repr, known))}; found {unknown[0]!r}."
             raise ValueError(msg)
+    if OTHERS in starts and OTHERS not in possible:
+        msg = f"{OTHERS!r} needs at least two data sets, found one: {options.data[0]}."
+        raise ValueError(msg)
     data = [DataSet.parse(text) for text in options.data]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     sizes = options.train_images or [None]

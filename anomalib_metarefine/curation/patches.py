@@ -1,6 +1,6 @@
 """Patch-level rejection: an image with a small defect has many good patches, and no whole image need stand apart.
 
-Where dirty images score like clean ones (KolektorSDD, say) no fence between *images* finds them. Their defective
+Where dirty images score like clean ones (KolektorSDD, say) no fence between *images* finds any. Their defective
 patches still lie further from their like than other patches of the same place do, and can be left out of what is
 learned, place by place. That is only right where a place shows much the same in every image: with parts that lie
 anywhere, the rare patches of a place are the part itself. `keeps_order` tells the two apart.

@@ -1,0 +1,76 @@
+import pytest
+import torch
+from rich.progress import Progress
+
+from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow
+
+GRID = (4, 5)
+SETTINGS = {"dimensions": 6, "hidden": 8, "meta_steps": 1, "batch_patches": 64, "adaptation_steps": 1}
+
+
+@pytest.fixture
+def store():
+    """Aligned images that are ever noisier, four of them with a defect in one patch, at a place of its own."""
+    generator = torch.Generator().manual_seed(0)
+    places = 3 * torch.randn(20, 8, generator=generator)
+    noise = torch.linspace(0.5, 2, 40).view(-1, 1, 1)
+    embeddings = places + noise * torch.randn(40, 20, 8, generator=generator)
+    for image in range(4):
+        embeddings[5 * image, 6 + image] += 12
+    store = FeatureStore()
+    store.add([f"{i:02d}.png" for i in range(40)], embeddings)
+    return store
+
+
+def fitted(store, known=None, **changes):
+    settings = FitSettings(**SETTINGS | changes)
+    generator = torch.Generator().manual_seed(0)
+    fitter = DensityFitter(store, new_flow(8, settings, 0), GRID, settings, generator, Progress(disable=True))
+    _, refinement = fitter.fit(known)
+    return fitter, refinement
+
+
+def test_defective_patches_are_left_out_where_no_image_is_rejected(store):
+    fitter, refinement = fitted(store, rule="share:0")
+    assert all(refinement.kept)
+    assert not any(fitter.learned[5 * image, 6 + image] for image in range(4))
+    assert 4 / 800 <= refinement.unusual_patches < 0.06
+    assert refinement.unusual_patches == pytest.approx(1 - fitter.learned.float().mean().item())
+
+
+def test_all_patches_are_learned_where_images_are_rejected_or_the_fence_is_off(store):
+    fitter, refinement = fitted(store, rule="count:4")
+    assert not all(refinement.kept)
+    assert fitter.learned.all()
+    assert fitted(store, rule="share:0", patch_fence=0.0)[0].learned.all()
+    assert fitted(store, rounds=0)[0].learned.all()
+
+
+def test_what_a_person_rejects_does_not_count_as_standing_apart(store):
+    fitter, refinement = fitted(store, {0: False, 39: True}, rule="share:0")
+    assert refinement.kept == [False] + [True] * 39
+    assert not any(fitter.learned[5 * image, 6 + image] for image in range(1, 4))
+    assert fitter.learned[0].all()  # of an image that is not learned from anyway
+
+
+def test_parts_that_lie_anywhere_are_learned_whole():
+    generator = torch.Generator().manual_seed(1)
+    embeddings = 0.3 * torch.randn(40, 20, 8, generator=generator)
+    for i, image in enumerate(embeddings):  # the part: three patches at a place of its own in every image
+        image[[i % 20, (i + 1) % 20, (i + 2) % 20]] += 4 * torch.randn(3, 8, generator=generator)
+    store = FeatureStore()
+    store.add([f"{i:02d}.png" for i in range(40)], embeddings)
+    fitter, refinement = fitted(store, rule="share:0", tail=0.1)
+    assert all(refinement.kept)
+    assert fitter.learned.all()
+
+
+def test_the_same_seed_gives_the_same_flow_and_leaves_other_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first, again = (new_flow(8, FitSettings(**SETTINGS), 5) for _ in range(2))
+    assert torch.rand(1) == expected
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert first.dimensions == 6
