@@ -2,8 +2,10 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from anomalib_metarefine.density.flow import bits_per_dimension
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow
+from anomalib_metarefine.meta.episodes import PatchBatch
+from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, flow_loss, new_flow, trainable
 
 GRID = (4, 5)
 SETTINGS = {"dimensions": 6, "hidden": 8, "meta_steps": 1, "batch_patches": 64, "adaptation_steps": 1}
@@ -64,6 +66,50 @@ def test_parts_that_lie_anywhere_are_learned_whole():
     fitter, refinement = fitted(store, rule="share:0", tail=0.1)
     assert all(refinement.kept)
     assert fitter.learned.all()
+
+
+def test_what_is_left_out_leaves_no_trace(store):
+    first, _ = fitted(store, rule="share:0", adaptation_steps=20)
+    embeddings = store.images()
+    embeddings[~first.learned[torch.from_numpy(first.order).argsort()]] = 99.0
+    other = FeatureStore()
+    other.add(store.paths, embeddings)
+    initial = first.meta_train()
+    densities = []
+    for images in (store, other):
+        generator = torch.Generator().manual_seed(0)
+        fitter = DensityFitter(
+            images, first.flow, GRID, first.settings, generator, Progress(disable=True), whitening=first.whitening
+        )
+        fitter.learned = first.learned
+        densities.append(fitter.fit_kept(first.kept, initial))
+    torch.testing.assert_close(densities[0].gaussian.precision_root, densities[1].gaussian.precision_root)
+    torch.testing.assert_close(densities[0].parameters, densities[1].parameters)
+
+
+def test_patches_left_out_are_scored_as_outsiders(store):
+    fitter, _ = fitted(store, rule="share:0", meta_steps=0, adaptation_steps=0)
+    gaussian = fitter.density.gaussian
+    for rows, chunk in fitter.whitened(fitter.kept.nonzero()[0]):
+        as_they_are = bits_per_dimension(gaussian(chunk), gaussian.log_det)
+        out = ~fitter.learned[rows]
+        torch.testing.assert_close(fitter.maps[rows][out], as_they_are[out])
+        assert (fitter.maps[rows][~out] != as_they_are[~out]).all()  # as if left out, though they were learned from
+
+
+def test_the_loss_learns_from_likely_normal_patches_and_ranks_the_anomalies_above():
+    flow = new_flow(8, FitSettings(**SETTINGS), 0)
+    parameters = trainable(flow)
+    patches, positions = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(40, 16)
+    anomalous = torch.arange(40) >= 30
+    bits = flow.bits(patches, positions)
+    likely = bits[:30].sort().values[:24].mean()
+    batch = PatchBatch(patches, positions, anomalous)
+    torch.testing.assert_close(flow_loss(flow, 0.2, 0.0)(parameters, batch), likely)
+    ranking = flow_loss(flow, 0.2, 2.0)(parameters, batch) - likely
+    torch.testing.assert_close(ranking, 2 * (1 + (bits[:10] - bits[30:]).exp()).log().mean())
+    unknown = flow_loss(flow, 0.2, 2.0)(parameters, PatchBatch(patches, positions))
+    torch.testing.assert_close(unknown, bits.sort().values[:32].mean())
 
 
 def test_the_same_seed_gives_the_same_flow_and_leaves_other_random_numbers_alone():
