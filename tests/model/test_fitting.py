@@ -2,6 +2,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from anomalib_metarefine.curation import patches
 from anomalib_metarefine.density.flow import bits_per_dimension
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.meta.episodes import PatchBatch
@@ -9,6 +10,14 @@ from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, flow_l
 
 GRID = (4, 5)
 SETTINGS = {"dimensions": 6, "hidden": 8, "meta_steps": 1, "batch_patches": 64, "adaptation_steps": 1}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_images_are_enough():
+    """So that toys can be small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "FEWEST_IMAGES", 8)
+        yield
 
 
 @pytest.fixture
@@ -47,6 +56,11 @@ def test_all_patches_are_learned_where_images_are_rejected_or_the_fence_is_off(s
     assert fitter.learned.all()
     assert fitted(store, rule="share:0", patch_fence=0.0)[0].learned.all()
     assert fitted(store, rounds=0)[0].learned.all()
+
+
+def test_few_images_are_learned_whole(store, monkeypatch):
+    monkeypatch.setattr(patches, "FEWEST_IMAGES", 41)
+    assert fitted(store, rule="share:0")[0].learned.all()
 
 
 def test_what_a_person_rejects_does_not_count_as_standing_apart(store):
