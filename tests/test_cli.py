@@ -221,3 +221,18 @@ def test_report(out, monkeypatch, capsys):
         assert main(["report", str(manifest)]) == 0
     assert written == [(2, "evidence.npz", out / "report.html")] * 2
     assert str(out / "report.html") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("meta_algorithm=reptile", "'reptile'"),
+        ("meta_backend=jax", "'jax'"),
+        ("meta_steps=many", "of type int"),
+        ("steps=3", "found 'steps=3'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_before_images_are_read(tmp_path, capsys, setting, message):
+    nowhere = str(tmp_path / "nowhere")  # reading it would fail in another way
+    assert main(["meta-train", "--data", nowhere, "--out", str(tmp_path / "x.ckpt"), "--settings", setting]) == 2
+    assert message in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.cli.benchmark import BENCHMARK
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         int: Exit code; 2 for input that can't be used.
     """
     options = build_parser().parse_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="timm|anomalib")  # of each other
     try:
         return _COMMANDS[options.command].run(options)
     except (ValueError, OSError, ModuleNotFoundError) as error:

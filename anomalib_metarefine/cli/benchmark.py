@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +38,6 @@ def _bench(options: argparse.Namespace) -> int:
     # Before torch is imported: PatchCore's coreset asks for hundreds of megabytes, hundreds of times, and takes a third
     # of the time with huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="timm|anomalib")  # of each other
     from anomalib_metarefine.benchmark.config import BenchConfig
 
     if options.jobs < 1:

@@ -52,8 +52,10 @@ def _settings(texts: Sequence[str]) -> FitSettings:
     """``NAME=VALUE`` as settings, each of the type of its default.
 
     Raises:
-        ValueError: If there is no such setting, or its value is of another type.
+        ValueError: If there is no such setting, its value is of another type, or names what does not exist.
     """
+    from anomalib_metarefine.meta.algorithms import get_algorithm
+    from anomalib_metarefine.meta.maml import get_learner
     from anomalib_metarefine.model.fitting import FitSettings
 
     defaults = vars(FitSettings())
@@ -69,7 +71,10 @@ def _settings(texts: Sequence[str]) -> FitSettings:
         except ValueError as error:
             msg = f"--settings {name} is of type {kind.__name__} (default {defaults[name]}), found {value!r}."
             raise ValueError(msg) from error
-    return FitSettings(**chosen)
+    settings = FitSettings(**chosen)
+    get_algorithm(settings.meta_algorithm)  # now, not after a pass over the images
+    get_learner(settings.meta_backend)
+    return settings
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
