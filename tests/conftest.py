@@ -45,3 +45,13 @@ def folder(root: Path, **settings) -> Folder:
         normal_test_dir="test/good",
         **{"train_batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "val_split_mode": "same_as_test", **settings},
     )
+
+
+@pytest.fixture(scope="module")
+def patches_of_few_images():
+    """Single patches are rejected from 8 images on, so that toys can be small."""
+    from anomalib_metarefine.curation import patches
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "FEWEST_IMAGES", 8)
+        yield

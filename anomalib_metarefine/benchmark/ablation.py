@@ -23,7 +23,6 @@ from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score, position_code
 from anomalib_metarefine.density.scorer import PatchScorer
-from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.model.fitting import (
     Density,
     DensityFitter,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.benchmark.data_sets import DataSet
     from anomalib_metarefine.features.embedding import Whitening
+    from anomalib_metarefine.features.store import FeatureStore
     from anomalib_metarefine.meta.maml import Initialisation
 
 KEY = ["data", "train_images", "contamination", "seed", "start", "refinement"]
@@ -144,8 +144,7 @@ class _Training:
         self.store, self.grid, datamodule = self._load(data_set, images, contamination)
         self.dirty = set(datamodule.injected)
         samples = datamodule.test_data.samples
-        whole = features[data_set.name].store
-        self.test = whole.images(_rows(whole, samples.image_path.astype(str)))
+        self.test = features[data_set.name].store.of(samples.image_path.astype(str).tolist()).images()
         self.labels = samples.label_index.to_numpy()
         self.backbone_seconds = features[data_set.name].seconds * len(self.store)
         self.flow = new_flow(self.store.shape[1], FitSettings(), seed)
@@ -245,14 +244,7 @@ class _Training:
             self.known[data_set.name] = Features(store, grid, (time.perf_counter() - begin) / len(store))
         whole = self.known[data_set.name]
         paths = datamodule.train_data.samples.image_path.astype(str).tolist()
-        store = FeatureStore()
-        store.add(paths, whole.store.images(_rows(whole.store, paths)))
-        return store, whole.grid, datamodule
-
-
-def _rows(store: FeatureStore, paths: Sequence[str]) -> list[int]:
-    row_of = {path: row for row, path in enumerate(store.paths)}
-    return [row_of[path] for path in paths]
+        return whole.store.of(paths), whole.grid, datamodule
 
 
 def summarise(rows: pd.DataFrame) -> str:

@@ -25,11 +25,12 @@ from anomalib_metarefine.curation.contamination import estimate_contamination
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.collect import collect_features
-from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from anomalib_metarefine.features.store import FeatureStore
 
 # Weights of likelihood and neighbours in the score.
 SCORES = {"neighbours": (0.0, 1.0), "likelihood": (1.0, 0.0), "both": (1.0, 1.0)}
@@ -122,9 +123,7 @@ def _curate(
     score: str,
     rule: str,
 ) -> dict[str, object]:
-    row_of = {path: row for row, path in enumerate(features.paths)}
-    store = FeatureStore()
-    store.add(paths, features.images([row_of[path] for path in paths]))
+    store = features.of(paths)
     likelihood, neighbours = SCORES[score]
     settings = dataclasses.replace(FitSettings(), rule=rule, likelihood_weight=likelihood, neighbour_weight=neighbours)
     flow = new_flow(store.shape[1], settings, seed)
@@ -192,6 +191,16 @@ def _spread(values: pd.Series) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
+def record(rows: Iterable[dict[str, object] | str], out: Path) -> None:
+    """Append rows to a CSV file as they come, and print them; a text is printed only."""
+    for row in rows:
+        if isinstance(row, str):
+            print(row, flush=True)
+            continue
+        pd.DataFrame([row]).to_csv(out, mode="a", header=not out.is_file(), index=False)
+        print(*(f"{value:.3g}" if isinstance(value, float) else value for value in row.values()), flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command.
 
@@ -213,12 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     done = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame(columns=KEY)
     try:
         data = [DataSet.parse(spec) for spec in options.data]
-        for row in run(done, data, options.contamination, options.seeds, options.scores, options.rules):
-            if isinstance(row, str):
-                print(row, flush=True)
-                continue
-            pd.DataFrame([row]).to_csv(options.out, mode="a", header=not options.out.is_file(), index=False)
-            print(*(f"{value:.3g}" if isinstance(value, float) else value for value in row.values()), flush=True)
+        record(run(done, data, options.contamination, options.seeds, options.scores, options.rules), options.out)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

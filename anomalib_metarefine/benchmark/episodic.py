@@ -27,16 +27,17 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.benchmark.detection import all_features
+from anomalib_metarefine.benchmark.detection import all_features, record
 from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from anomalib_metarefine.features.store import FeatureStore
 
 KEY = ["data", "contamination", "seed", "score"]
 EPISODES = 20
@@ -134,8 +135,7 @@ def _scores(
     features: FeatureStore, grid: tuple[int, int], paths: list[str], seed: int, sizes: Sequence[int]
 ) -> Iterator[tuple[str, np.ndarray, float]]:
     """Name, scores ``[N]`` and seconds of everything compared, for sorted paths."""
-    store, settings = FeatureStore(), dataclasses.replace(FitSettings(), rounds=0)
-    store.add(paths, features.images([features.paths.index(path) for path in paths]))
+    store, settings = features.of(paths), dataclasses.replace(FitSettings(), rounds=0)
     generator = torch.Generator().manual_seed(seed)
     supports = {size: draw_supports(len(paths), size, seed) for size in sizes}
 
@@ -201,12 +201,7 @@ def main(argv: list[str] | None = None) -> int:
     done = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame(columns=KEY)
     try:
         data = [DataSet.parse(spec) for spec in options.data]
-        for row in run(done, data, options.contamination, options.seeds, options.support):
-            if isinstance(row, str):
-                print(row, flush=True)
-                continue
-            pd.DataFrame([row]).to_csv(options.out, mode="a", header=not options.out.is_file(), index=False)
-            print(*(f"{value:.3g}" if isinstance(value, float) else value for value in row.values()), flush=True)
+        record(run(done, data, options.contamination, options.seeds, options.support), options.out)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

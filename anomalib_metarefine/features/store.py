@@ -98,6 +98,13 @@ class FeatureStore:
         self._consolidate()
         return self._chunks[0][indices].float()
 
+    def of(self, paths: Sequence[str]) -> FeatureStore:
+        """A store in memory of the images of these paths, in this order; each must be here."""
+        row_of = {path: row for row, path in enumerate(self.paths)}
+        store = FeatureStore()
+        store.add(paths, self.images([row_of[path] for path in paths]))
+        return store
+
     def sample_patches(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """``[count x C]`` patches drawn at random from all images and positions (all of them if there are fewer)."""
         patches = self.shape[0]

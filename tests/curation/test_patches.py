@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_metarefine.curation import patches
 from anomalib_metarefine.curation.patches import keeps_order, usual_patches
+
+pytestmark = pytest.mark.usefixtures("patches_of_few_images")
 
 SEEDS = st.integers(0, 2**32 - 1)
 FENCES = st.floats(0.1, 6)
@@ -16,14 +17,6 @@ distances_of = st.builds(
     st.integers(1, 6),
     st.sampled_from([0.01, 0.3, 1.5]),
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_images_are_enough():
-    """So that toys can be small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "FEWEST_IMAGES", 8)
-        yield
 
 
 @given(distances_of, FENCES, st.data())

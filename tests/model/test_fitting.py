@@ -8,16 +8,10 @@ from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.meta.episodes import PatchBatch
 from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, flow_loss, new_flow, trainable
 
+pytestmark = pytest.mark.usefixtures("patches_of_few_images")
+
 GRID = (4, 5)
 SETTINGS = {"dimensions": 6, "hidden": 8, "meta_steps": 1, "batch_patches": 64, "adaptation_steps": 1}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_images_are_enough():
-    """So that toys can be small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "FEWEST_IMAGES", 8)
-        yield
 
 
 @pytest.fixture

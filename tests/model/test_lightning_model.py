@@ -13,11 +13,12 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from anomalib_metarefine import Contaminated, MetaRefine
-from anomalib_metarefine.curation import patches
 from anomalib_metarefine.model.fitting import FitSettings
 from anomalib_metarefine.model.initialisation import SharedInitialisation, learn_shared
 from anomalib_metarefine.model.torch_model import MetaRefineModel
 from tests.conftest import folder
+
+pytestmark = pytest.mark.usefixtures("patches_of_few_images")
 
 SMALL = {"image_size": (96, 96), "dimensions": 32, "meta_steps": 2, "adaptation_steps": 2, "visualizer": False}
 
@@ -181,14 +182,6 @@ def plate(noise, spot=False):
     if spot:
         pixels[36:48, 36:48] += 100
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_images_are_enough():
-    """So that toys can be small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "FEWEST_IMAGES", 8)
-        yield
 
 
 @pytest.fixture
