@@ -147,6 +147,10 @@ def _ablation(options: argparse.Namespace) -> int:
         msg = f"{OTHERS!r} needs at least two data sets, found one: {options.data[0]}."
         raise ValueError(msg)
     data = [DataSet.parse(text) for text in options.data]
+    unsized = [data_set.name for data_set in data if data_set.train_images is None]
+    if unsized and not options.train_images:
+        msg = f"How many training images is {unsized[0]} to have? Write it as WHERE:IMAGES, or give --train-images."
+        raise ValueError(msg)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     sizes = options.train_images or [None]
     for row in run(options.out, data, sizes, options.contamination, options.seeds, starts, refinements):

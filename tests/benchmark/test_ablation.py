@@ -56,6 +56,8 @@ def test_names_that_do_not_exist_are_named(parts, tmp_path, capsys):
     assert main([*command, "--refinements", "all"]) == 2
     assert main([*command, "--starts", ablation.OTHERS]) == 2
     assert "at least two data sets" in capsys.readouterr().err
+    assert main(["ablation", "--out", str(tmp_path / "a.csv"), "--data", str(parts), "--starts", "random"]) == 2
+    assert "WHERE:IMAGES" in capsys.readouterr().err
     assert main([*command, "--contamination", "0.9", "--seeds", "0"]) == 2
     assert "left out" in capsys.readouterr().out
 
