@@ -63,7 +63,8 @@ class TestCurate:
 
         def curate(data, **settings):
             asked.append((data, settings))
-            return SimpleNamespace(manifest=manifest, write=manifest.write)
+            evidence = SimpleNamespace(unusual_in=["left/1.png"])
+            return SimpleNamespace(manifest=manifest, evidence=evidence, write=manifest.write)
 
         monkeypatch.setitem(sys.modules, f"{CURATION}.curate", SimpleNamespace(curate=curate))
         return asked
@@ -76,6 +77,7 @@ class TestCurate:
         assert asked == [(str(root), defaults)]
         told = capsys.readouterr().out
         assert "2 of 6 images (33.3 %) were rejected, 2 need your eyes." in told
+        assert "In 1 image some places look unusual. To have them replaced, in copies:\n  metarefine apply " in told
         assert f"{tmp_path / 'out'}: manifest.csv, run.json" in told
         said = tmp_path / "d.csv"
         said.write_text("image_path,decision\nright/4.png,keep\n")

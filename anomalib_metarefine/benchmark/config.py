@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.benchmark.models import ModelSpec
 
+_USUAL_TRAININGS = ("raw", "curated", "clean")
 _CHOICES = {
     "trainings": TRAININGS,
     "defects": ("real", "noise", "blur", "rotation"),
@@ -138,7 +139,7 @@ def _config(content: object) -> BenchConfig:
     given = {name: tuple(_list(name, value)) for name, value in content.items() if name in _CHOICES | {"seeds": ()}}
     grid = {
         "contamination": _shares("contamination", content.get("contamination", [0.0, 0.2, 0.4])),
-        "trainings": given.pop("trainings", TRAININGS),
+        "trainings": given.pop("trainings", _USUAL_TRAININGS),
     }
     if "layers" in content:
         given["layers"] = None if content["layers"] is None else tuple(_list("layers", content["layers"]))

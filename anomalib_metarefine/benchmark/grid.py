@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.benchmark.data_sets import DataSet
     from anomalib_metarefine.benchmark.memo import Memo
 
-    Curator = Callable[[Sequence[str], int, DataSet, BenchConfig], np.ndarray]
+    Curator = Callable[[Sequence[str], int, DataSet, BenchConfig, Path], "Curated"]
 
 _LEAST_DEFECTIVE = 10  # in the test set: with fewer, AUROC says nothing
 
@@ -52,6 +53,18 @@ class Dirt:
     seed: int
 
 
+class Curated(NamedTuple):
+    """What our curation makes of N training images.
+
+    Attributes:
+        kept (np.ndarray): ``[N]`` of bool, false for the rejected.
+        repaired (list[str]): For each image, the one without its unusual regions; where it has none, itself.
+    """
+
+    kept: np.ndarray
+    repaired: list[str]
+
+
 @dataclass
 class TrainingSet:
     """One contaminated training set, its test set, and its curation, which is run when it is first asked for.
@@ -62,7 +75,8 @@ class TrainingSet:
         seed (int): Of the curation.
         datamodule (AnomalibDataModule): Training and test set. Synthetic images lie in a folder that lives as long.
         dirty (np.ndarray): ``[N]`` of bool, true for the dirty training images.
-        curator (Curator): Stands behind `curated_mask`.
+        curator (Curator): Stands behind `curated_images`.
+        folder (Path): For repaired images; theirs alone.
         curation_seconds (float): Of the curation, once it has run.
     """
 
@@ -72,8 +86,9 @@ class TrainingSet:
     datamodule: AnomalibDataModule
     dirty: np.ndarray
     curator: Curator
+    folder: Path
     curation_seconds: float = float("nan")
-    _curated: np.ndarray | None = field(default=None, repr=False)
+    _curated: Curated | None = field(default=None, repr=False)
 
     @property
     def train(self) -> pd.DataFrame:
@@ -85,34 +100,44 @@ class TrainingSet:
         """Samples of the test set."""
         return self.datamodule.test_data.samples
 
-    def kept(self, training: str) -> np.ndarray:
-        """``[N]`` of bool: the images that a training is on."""
-        if training == "raw":
-            return np.ones(len(self.train), dtype=bool)
-        if training == "clean":
-            return ~self.dirty
+    @property
+    def curated(self) -> Curated:
+        """What the curation makes of it."""
         if self._curated is None:
             begin = time.perf_counter()
-            self._curated = self.curator(self.train.image_path.astype(str).tolist(), self.seed, self.data, self.config)
+            paths = self.train.image_path.astype(str).tolist()
+            self._curated = self.curator(paths, self.seed, self.data, self.config, self.folder)
             self.curation_seconds = time.perf_counter() - begin
         return self._curated
 
+    def select(self, training: str) -> tuple[pd.DataFrame, np.ndarray]:
+        """What a training is on: samples of all ``N`` images as they are then, and an ``[N]`` mask of those used."""
+        if training == "raw":
+            return self.train, np.ones(len(self.train), dtype=bool)
+        if training == "clean":
+            return self.train, ~self.dirty
+        if training == "repaired":
+            return self.train.assign(image_path=self.curated.repaired), self.curated.kept
+        return self.train, self.curated.kept
 
-def curated_mask(paths: Sequence[str], seed: int, data: DataSet, config: BenchConfig) -> np.ndarray:
-    """Which training images our curation lets pass.
+
+def curated_images(paths: Sequence[str], seed: int, data: DataSet, config: BenchConfig, folder: Path) -> Curated:
+    """Which training images our curation lets pass, and what they look like repaired.
 
     Args:
         paths (Sequence[str]): The N training images.
         seed (int): Seed of the curation.
         data (DataSet): Whose image size is used.
         config (BenchConfig): Whose backbone is used.
+        folder (Path): Empty; for repaired images.
 
     Returns:
-        np.ndarray: ``[N]`` of bool, false for the rejected. Images to review pass: nobody has reviewed them.
+        Curated: Images to review pass: nobody has reviewed them.
     """
+    from anomalib_metarefine.curation.apply import apply
     from anomalib_metarefine.curation.curate import curate
 
-    manifest = curate(
+    manifest, evidence = curate(
         list(paths),
         backbone=config.backbone,
         layers=config.layers,
@@ -120,9 +145,16 @@ def curated_mask(paths: Sequence[str], seed: int, data: DataSet, config: BenchCo
         seed=seed,
         quality=False,  # it looks for other things than defects and rejects nothing
         progress=False,
-    ).manifest
-    rejected = {Path(path).resolve() for path in manifest.rejected}
-    return np.array([Path(path).resolve() not in rejected for path in paths])
+    )
+    rejected = {path.resolve() for path in manifest.rejected}
+    copies = {}
+    if evidence.unusual_in:
+        apply(manifest, folder, "repair", review="keep", evidence=evidence)
+        copies = {(manifest.root / name).resolve(): str(folder / "keep" / name) for name in evidence.unusual_in}
+    return Curated(
+        np.array([Path(path).resolve() not in rejected for path in paths]),
+        [copies.get(Path(path).resolve(), path) for path in paths],
+    )
 
 
 def plan(config: BenchConfig, data: DataSet) -> Iterator[tuple[Dirt, list[tuple[Entry, Key]]]]:
@@ -160,7 +192,7 @@ def run_data_set(
     table: ResultTable,
     jobs: int = 1,
     retry: bool = False,
-    curator: Curator = curated_mask,
+    curator: Curator = curated_images,
 ) -> Iterator[Row | LeftOut]:
     """Every cell of a data set that is not in the table yet.
 
@@ -170,7 +202,7 @@ def run_data_set(
         table (ResultTable): Where finished cells are and new ones go.
         jobs (int): Processes that share the machine, for the table.
         retry (bool): Try cells again that could not be run before.
-        curator (Curator): Stands behind `curated_mask`.
+        curator (Curator): Stands behind `curated_images`.
 
     Yields:
         Row | LeftOut: Every new row once it is in the table; or why the data set can't be had.
@@ -186,24 +218,25 @@ def run_data_set(
         missing = [(entry, key) for entry, key in cells if is_missing(key)]
         if not missing:
             continue
-        try:
-            training_set = _draw(config, data, dirt, curator)
-        except _TooFewError as error:
-            for _, key in missing:
-                yield _append(table, Row(**asdict(key), reason=str(error)), jobs)
-            continue
-        except Exception as error:  # a download, a folder, a third party's datamodule
-            yield LeftOut(label(data.name, data.category), _in_one_line(error))
-            return
-        for entry, key in missing:
-            yield _append(table, _cell(table, training_set, entry, key, memo), jobs)
+        with tempfile.TemporaryDirectory(prefix="metarefine-bench-") as folder:
+            try:
+                training_set = _draw(config, data, dirt, curator, Path(folder))
+            except _TooFewError as error:
+                for _, key in missing:
+                    yield _append(table, Row(**asdict(key), reason=str(error)), jobs)
+                continue
+            except Exception as error:  # a download, a folder, a third party's datamodule
+                yield LeftOut(label(data.name, data.category), _in_one_line(error))
+                return
+            for entry, key in missing:
+                yield _append(table, _cell(table, training_set, entry, key, memo), jobs)
 
 
 class _TooFewError(ValueError):
     """A contamination that a data set has not enough images for."""
 
 
-def _draw(config: BenchConfig, data: DataSet, dirt: Dirt, curator: Curator) -> TrainingSet:
+def _draw(config: BenchConfig, data: DataSet, dirt: Dirt, curator: Curator, folder: Path) -> TrainingSet:
     from anomalib_metarefine.data.contamination import Contaminated
 
     source = data.datamodule(dirt.seed)
@@ -216,7 +249,7 @@ def _draw(config: BenchConfig, data: DataSet, dirt: Dirt, curator: Curator) -> T
         datamodule.setup()
     except ValueError as error:
         raise _TooFewError(*error.args) from error
-    found = TrainingSet(data, config, dirt.seed, datamodule, datamodule.is_injected.to_numpy(), curator)
+    found = TrainingSet(data, config, dirt.seed, datamodule, datamodule.is_injected.to_numpy(), curator, folder)
     defective = int(found.test.label_index.sum())
     if defective < _LEAST_DEFECTIVE:
         msg = (
@@ -228,7 +261,7 @@ def _draw(config: BenchConfig, data: DataSet, dirt: Dirt, curator: Curator) -> T
 
 
 def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key, memo: Memo) -> Row:
-    """Train and test one model; or copy the row of the raw training, where the images are the same."""
+    """Train and test one model; or copy the row of a training that was on the same images."""
     from anomalib_metarefine.benchmark.training import train_and_test
 
     data, dirty, test = training_set.data, training_set.dirty, training_set.test
@@ -238,17 +271,20 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
         test_abnormal=int((test.label_index == 1).sum()),
     )
     try:
-        kept = training_set.kept(key.training)
-        seconds = training_set.curation_seconds if key.training == "curated" else float("nan")
-        raw = table.find(replace(key, training="raw"))
-        if key.training != "raw" and kept.all() and raw is not None and not raw.reason:
-            return replace(raw, training=key.training, curation_seconds=seconds)
+        samples, kept = training_set.select(key.training)
+        seconds = training_set.curation_seconds if key.training in ("curated", "repaired") else float("nan")
+        for training in ("raw", "curated"):
+            known = table.find(replace(key, training=training))
+            if training != key.training and known is not None and not known.reason:
+                images, used = training_set.select(training)
+                if samples.image_path[kept].equals(images.image_path[used]):
+                    return replace(known, training=key.training, curation_seconds=seconds)
         config = training_set.config
         found = train_and_test(
             entry.spec,
             config.backbone,
             config.layers,
-            training_set.train[kept],
+            samples[kept],
             test,
             data.image_size,
             key.seed,
@@ -257,7 +293,7 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
     except Exception as error:  # whatever a model can't do here goes into its row
         return replace(row, reason=_in_one_line(error))
     figures = found._asdict()
-    left_out = ~kept | training_set.train.image_path.astype(str).isin(figures.pop("rejected") or []).to_numpy()
+    left_out = ~kept | samples.image_path.astype(str).isin(figures.pop("rejected") or []).to_numpy()
     return replace(
         row,
         **{name: round(value, 5) for name, value in figures.items()},

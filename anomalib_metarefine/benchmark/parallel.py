@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from queue import Empty
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.benchmark.grid import curated_mask, run_data_set
+from anomalib_metarefine.benchmark.grid import curated_images, run_data_set
 from anomalib_metarefine.benchmark.table import ResultTable
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: BenchConfig, path: Path, jobs: int = 1, retry: bool = False, curator: Curator = curated_mask
+    config: BenchConfig, path: Path, jobs: int = 1, retry: bool = False, curator: Curator = curated_images
 ) -> Iterator[Row | LeftOut]:
     """Every cell that is not in the result file yet.
 
@@ -32,7 +32,7 @@ def run(
         path (Path): The result file; its folder must exist.
         jobs (int): Processes, of a data set each.
         retry (bool): Try cells again that could not be run before.
-        curator (Curator): Stands behind `curated_mask`.
+        curator (Curator): Stands behind `curated_images`.
 
     Yields:
         Row | LeftOut: Every new row once it is in the file; or a data set that can't be had, and why.

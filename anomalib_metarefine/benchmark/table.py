@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NAN = float("nan")
-TRAININGS = ("raw", "curated", "clean")
+TRAININGS = ("raw", "curated", "repaired", "clean")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Key:
         seed (int): Of the draw of images, of the curation and of the training.
         model (str): Name of the model in the configuration.
         settings (str): Its class and what differs from the class's defaults, as JSON.
-        training (str): ``"raw"``, ``"curated"`` or ``"clean"``.
+        training (str): ``"raw"``, ``"curated"``, ``"repaired"`` or ``"clean"``.
     """
 
     data: str
@@ -58,7 +58,7 @@ class Row(Key):
     Figures that do not apply are NaN: pixel figures without masks, all of them where ``reason`` is given.
 
     Attributes:
-        image_AUROC (float): On the test set, which is the same for the three trainings; so are the other metrics, all
+        image_AUROC (float): On the test set, which is the same for all trainings; so are the other metrics, all
             anomalib's: area under the precision-recall curve, best F1, per-region overlap, per-image overlap.
         kept (int): Images that the finished model learned from.
         rejected (int): Training images left out, by the curation, by the truth, or by the model itself.
@@ -66,7 +66,7 @@ class Row(Key):
         recall (float): Share of the dirty images that was left out; NaN if there are none.
         fit_seconds (float): Of fitting, on features that the cells of a data set share.
         feature_seconds (float): Of one pass of the backbone over the images trained on.
-        curation_seconds (float): Of the curation; NaN for the other trainings.
+        curation_seconds (float): Of the curation, repair included; NaN for raw and clean.
         test_seconds (float): Of the test, on shared features, metrics included.
         images_per_second (float): Predicted one at a time, backbone included.
         peak_memory_mb (float): Growth of the process's peak while fitting and predicting single images.

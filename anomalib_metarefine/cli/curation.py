@@ -74,6 +74,11 @@ def _curate(options: argparse.Namespace) -> int:
         remember(options.out, curation.manifest, given)
     curation.write(options.out)
     print(curation.manifest.verdict)
+    if curation.evidence.unusual_in:
+        print(
+            f"In {len(curation.evidence.unusual_in)} images some places look unusual. To have them replaced in copies:"
+        )
+        print(f"  metarefine apply {options.out} --to DIR --mode repair")
     print(f"{options.out.resolve()}: {', '.join(sorted(file.name for file in options.out.iterdir()))}")
     share = curation.manifest.counts["reject"] / len(curation.manifest.table)
     if options.fail_above is not None and share > options.fail_above:
@@ -95,7 +100,7 @@ def _review(options: argparse.Namespace) -> int:
     from anomalib_metarefine.curation.review import decide, propose, read_decisions, remember, template
 
     manifest = Manifest.read(options.manifest)
-    folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
+    folder = _folder(options.manifest)
     asks = options.out or options.budget is not None or not options.decisions
     out = options.out or folder / "to_review.csv"
     if asks and out.exists():
@@ -124,19 +129,24 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
     add("--to", type=Path, required=True, metavar="DIR", help="empty or new folder, outside of the images' own")
-    add("--mode", choices=["symlink", "copy", "list"], default="symlink", help="links, copies or lists of paths")
+    modes = ["symlink", "copy", "repair", "list"]
+    add("--mode", choices=modes, default="symlink", help="links, copies, copies without unusual regions, or lists")
     add("--review", choices=["separate", "keep", "reject"], default="separate", help="where images for review go")
     add("--root", type=Path, metavar="DIR", help="where the images lie now, if they were moved")
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from anomalib_metarefine.curation.apply import apply
+    from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
+    from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
 
     manifest = Manifest.read(options.manifest, options.root)
-    applied = apply(manifest, options.to, options.mode, options.review, progress=True)
+    evidence = Evidence.load(_folder(options.manifest) / "evidence.npz") if options.mode == "repair" else None
+    applied = apply(manifest, options.to, options.mode, options.review, progress=True, evidence=evidence)
     counts = ", ".join(f"{count} {name}" for name, count in applied.counts.items())
     print(f"{options.to.resolve()}: {counts}. The originals are as they were.")
+    if options.mode == "repair":
+        print(f"{applied.repaired} images were repaired: {options.to.resolve() / REPAIRS_FILE} says where.")
     if applied.left_out:
         print(f"Not copied, as they can't be read: {', '.join(applied.left_out)}")
     return 0
@@ -167,10 +177,15 @@ def _report(options: argparse.Namespace) -> int:
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.report import write_report
 
-    folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
+    folder = _folder(options.manifest)
     manifest = Manifest.read(options.manifest)
     print(write_report(manifest, Evidence.load(folder / "evidence.npz"), folder / "report.html"))
     return 0
+
+
+def _folder(manifest: Path) -> Path:
+    """Where the other files of a curation lie."""
+    return manifest if manifest.is_dir() else manifest.parent
 
 
 def _groups(folder: Path) -> dict[str, int] | None:
@@ -221,8 +236,9 @@ CURATION = {
     ),
     "apply": Command(
         "sort the images into keep, reject and review",
-        "Makes folders of links or copies, or lists of paths. The originals are never touched. Called again after an "
-        "interruption, it goes on.",
+        "Makes folders of links or copies, or lists of paths. With --mode repair, what looks unusual in images that "
+        "are not rejected is replaced by the same place of another image. The originals are never touched. After an "
+        "interruption it goes on where it stopped.",
         _apply_arguments,
         _apply,
     ),

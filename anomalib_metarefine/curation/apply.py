@@ -5,18 +5,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+import pandas as pd
 
 from anomalib_metarefine.curation.manifest import data_sha256, write_text
+from anomalib_metarefine.curation.repair import Repairer, encoded
 from anomalib_metarefine.curation.sources import absolute, some
 
 if TYPE_CHECKING:
-    from anomalib_metarefine.curation.manifest import Manifest
+    from collections.abc import Iterator
 
-Mode = Literal["symlink", "copy", "list"]
+    from anomalib_metarefine.curation.evidence import Evidence
+    from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.repair import Transplant
+
+Mode = Literal["symlink", "copy", "repair", "list"]
 Review = Literal["separate", "keep", "reject"]
 
+REPAIRS_FILE = "repairs.csv"
 _UNFINISHED = ".metarefine-unfinished.json"
 
 
@@ -26,19 +35,29 @@ class Applied(NamedTuple):
     Attributes:
         counts (dict[str, int]): Images in each folder or list.
         left_out (list[str]): ``image_path`` of rejected images that can't be read, and so not copied.
+        repaired (int): Images of which a region was replaced.
     """
 
     counts: dict[str, int]
     left_out: list[str]
+    repaired: int = 0
 
 
 def apply(
-    manifest: Manifest, to: str | Path, mode: Mode = "symlink", review: Review = "separate", progress: bool = False
+    manifest: Manifest,
+    to: str | Path,
+    mode: Mode = "symlink",
+    review: Review = "separate",
+    progress: bool = False,
+    evidence: Evidence | None = None,
 ) -> Applied:
     """Sort the images into ``keep``, ``reject`` and ``review``.
 
     ``symlink`` and ``copy`` make folders of these names in ``to``, with the images under their paths relative to the
-    root; links are absolute. ``list`` writes ``keep.txt``, ``reject.txt`` and ``review.txt``, one absolute path a line.
+    root; links are absolute. ``repair`` copies too, but replaces the unusual regions of images that are not rejected by
+    the same place of another such image, and lists them in ``repairs.csv`` (``image_path``, ``left``, ``top``,
+    ``width``, ``height`` in pixels, ``donor``). ``list`` writes ``keep.txt``, ``reject.txt`` and ``review.txt``, one
+    absolute path a line.
 
     Until all is done, a hidden file in ``to`` says what is being written. Called again with the same arguments after an
     interruption, it goes on; every file that is there is complete.
@@ -49,23 +68,27 @@ def apply(
         mode (Mode): What to write.
         review (Review): Where images for review go: into their own folder, or with the kept or the rejected ones.
         progress (bool): Whether to show a progress bar.
+        evidence (Evidence | None): Of the same curation; ``repair`` needs it to know the unusual regions.
 
     Returns:
-        Applied: Images by folder, and what was left out.
+        Applied: Images by folder, what was left out, and how many were repaired.
 
     Raises:
         ValueError: If ``to`` can't be used, or if images have changed since the manifest was written.
     """
-    if mode not in ("symlink", "copy", "list") or review not in ("separate", "keep", "reject"):
-        msg = "mode must be 'symlink', 'copy' or 'list' and review 'separate', 'keep' or 'reject'; "
+    if mode not in get_args(Mode) or review not in get_args(Review):
+        msg = f"mode must be one of {get_args(Mode)} and review one of {get_args(Review)}; "
         raise ValueError(msg + f"found {mode!r} and {review!r}.")
+    if mode == "repair" and evidence is None:
+        msg = "mode 'repair' needs to know what is unusual. Pass the evidence of the same curation."
+        raise ValueError(msg)
     to = absolute(to)
     plan = _plan(manifest, mode, review)
     _check_target(manifest, to, plan)
     manifest.require_unchanged()
     folders = {"keep": "keep", "reject": "reject", "review": "review" if review == "separate" else review}
     table = manifest.table.assign(folder=manifest.table.decision.map(folders))
-    left_out = table.image_path[(table.sha256 == "") & (mode == "copy")].tolist()
+    left_out = table.image_path[(table.sha256 == "") & (mode in ("copy", "repair"))].tolist()
     table = table[~table.image_path.isin(left_out)]
     broken = [repr(path) for path in table.image_path if mode == "list" and len(path.splitlines()) > 1]
     if broken:
@@ -74,6 +97,7 @@ def apply(
     names = list(dict.fromkeys(folders.values()))
     to.mkdir(parents=True, exist_ok=True)
     write_text(to / _UNFINISHED, plan)
+    repairs: list[tuple[str, Transplant]] = []
     if mode == "list":
         for name in names:
             images = manifest.paths(table[table.folder == name])
@@ -81,10 +105,16 @@ def apply(
     else:
         for name in names:
             (to / name).mkdir(exist_ok=True)
+        if mode == "repair":
+            repairs = _repair(manifest, table, evidence, to, progress)
+            listed = [(path, *box, Path(donor).relative_to(manifest.root)) for path, (*box, donor) in repairs]
+            columns = ["image_path", "left", "top", "width", "height", "donor"]
+            write_text(to / REPAIRS_FILE, pd.DataFrame(listed, columns=columns).to_csv(index=False))
         pairs = [(manifest.root / p, to / f / p) for p, f in zip(table.image_path, table.folder, strict=True)]
         _place(pairs, mode, progress)
     (to / _UNFINISHED).unlink()
-    return Applied({name: int((table.folder == name).sum()) for name in names}, left_out)
+    counts = {name: int((table.folder == name).sum()) for name in names}
+    return Applied(counts, left_out, len({path for path, _ in repairs}))
 
 
 def _plan(manifest: Manifest, mode: Mode, review: Review) -> str:
@@ -114,16 +144,45 @@ def _check_target(manifest: Manifest, to: Path, plan: str) -> None:
         raise ValueError(msg)
 
 
+def _repair(
+    manifest: Manifest, table: pd.DataFrame, evidence: Evidence, to: Path, progress: bool
+) -> list[tuple[str, Transplant]]:
+    """Write the images that have unusual regions, without them; every other one is left to be copied."""
+    from rich.progress import track
+
+    normal = table[(table.folder != "reject") & (table.sha256 != "")]
+    if not normal.image_path.isin(evidence.unusual_in).any():
+        return []
+    repairer = Repairer.of(normal.image_path.tolist(), manifest.paths(normal), evidence)
+    repairs = []
+    for place in track(sorted(repairer.spoilt), description="repair images", disable=not progress):
+        row, repaired = normal.iloc[place], repairer.repair(place)
+        if repaired.transplants:
+            target = to / row.folder / row.image_path
+            with _beside(target) as part:
+                part.write_bytes(encoded(repaired.image, target.suffix))
+            repairs += [(row.image_path, transplant) for transplant in repaired.transplants]
+    return repairs
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Where to write a file that appears in its place only when it is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    yield part
+    part.replace(target)
+
+
 def _place(pairs: list[tuple[Path, Path]], mode: Mode, progress: bool) -> None:
     from rich.progress import track
 
     for source, target in track(pairs, description=f"{mode} images", disable=not progress):
         if os.path.lexists(target):  # from before an interruption
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
         if mode == "symlink":
+            target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source)
         else:
-            beside = target.with_name(f".{target.name}.part")
-            shutil.copy2(source, beside)
-            beside.replace(target)
+            with _beside(target) as part:
+                shutil.copy2(source, part)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,7 +24,7 @@ _CHUNK = 64  # images at a time
 
 @dataclass
 class Evidence:
-    """Evidence about the images that are not simply kept.
+    """Evidence about the images that are not simply kept, and about what is unusual in those that are.
 
     Attributes:
         paths (list[str]): ``image_path`` of the ``K`` images.
@@ -32,6 +32,8 @@ class Evidence:
         nearest (list[str]): ``image_path`` of the kept image that looks most like each; empty if there is none.
         groups (list[int]): Which look alike under the peak of their map; -1 where there are too few to tell.
         limits (tuple[float, float]): Colour limits for all maps: a usual patch, and the most unusual ones.
+        unusual_in (list[str]): ``image_path`` of the ``U`` images with patches that were left out of what was learned.
+        unusual (np.ndarray): ``[U x H x W]`` mask of these patches.
     """
 
     paths: list[str]
@@ -39,6 +41,8 @@ class Evidence:
     nearest: list[str]
     groups: list[int]
     limits: tuple[float, float]
+    unusual_in: list[str] = field(default_factory=list)
+    unusual: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=bool))
 
     def save(self, path: str | Path) -> None:
         """Write a NumPy archive."""
@@ -49,6 +53,8 @@ class Evidence:
             nearest=np.array(self.nearest, dtype=str),
             groups=np.array(self.groups, dtype=int),
             limits=np.array(self.limits, dtype=float),
+            unusual_in=np.array(self.unusual_in, dtype=str),
+            unusual=self.unusual,
         )
 
     @classmethod
@@ -59,12 +65,14 @@ class Evidence:
             FileNotFoundError: If it is not there.
         """
         with np.load(path, allow_pickle=False) as data:
+            patches = (data["unusual_in"].tolist(), data["unusual"]) if "unusual" in data else ()  # not in older files
             return cls(
                 data["paths"].tolist(),
                 data["maps"],
                 data["nearest"].tolist(),
                 data["groups"].tolist(),
                 tuple(data["limits"].tolist()),
+                *patches,
             )
 
 
@@ -82,14 +90,18 @@ def gather_evidence(fitter: DensityFitter, names: Sequence[str], kept: np.ndarra
     """
     maps = fitter.maps
     limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
+    patches = ~fitter.learned.view(-1, *fitter.grid).numpy()
+    spoilt = np.flatnonzero(patches.any((1, 2)))
+    unusual = ([names[i] for i in spoilt], patches[spoilt])
     if len(shown) == 0:
-        return Evidence([], np.empty((0, *fitter.grid), np.float16), [], [], limits)
+        return Evidence([], np.empty((0, *fitter.grid), np.float16), [], [], limits, *unusual)
     return Evidence(
         [names[i] for i in shown],
         maps[torch.from_numpy(shown)].view(-1, *fitter.grid).half().numpy(),
         _nearest(fitter, names, kept, shown),
         _group(_under_peaks(fitter, maps, shown)),
         limits,
+        *unusual,
     )
 
 

@@ -217,6 +217,7 @@ class Manifest:
         self,
         test: AnomalibDataModule | str | Path | None = None,
         review: Literal["keep", "reject"] = "keep",
+        repaired: str | Path | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> Tabular:
         """A stock anomalib datamodule whose training set is the kept part, for any anomalib model.
@@ -228,6 +229,7 @@ class Manifest:
                 file of one. Batch sizes, workers, augmentations, seed and the way to a validation set are taken from it
                 too. It is not changed.
             review (Literal["keep", "reject"]): Whether images for review are trained on.
+            repaired (str | Path | None): Folder that `apply` wrote; training images are taken from there.
             **settings (Any): Settings of `anomalib.data.Tabular`; they win.
 
         Returns:
@@ -237,6 +239,7 @@ class Manifest:
         Raises:
             ValueError: If nothing is kept, if files have changed since the manifest was written, or if the test set is
                 synthetic.
+            FileNotFoundError: If ``repaired`` has not all the images.
         """
         from anomalib.data import Tabular
 
@@ -249,7 +252,8 @@ class Manifest:
             msg = f"There is nothing to train on: {self.counts} with review={review!r}."
             raise ValueError(msg)
         self.require_unchanged(used)
-        samples = _samples(self.paths(rows), split="train")
+        images = self.paths(rows) if repaired is None else _copies(rows, Path(repaired))
+        samples = _samples(images, split="train")
         found: dict[str, Any] = {"test_split_mode": "none", "val_split_mode": "none"}
         if test is not None:
             held_out, found = _test_samples(load_datamodule(test) if isinstance(test, str | Path) else test)
@@ -382,6 +386,19 @@ def _match(before: pd.DataFrame, after: pd.DataFrame) -> list[tuple[int, int]]:
         joined = left.merge(right, on=keys)
         matches += list(zip(joined.row_x.tolist(), joined.row_y.tolist(), strict=True))
     return matches
+
+
+def _copies(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """Where `apply` put the images; those for review may lie with the kept ones."""
+    found = []
+    for row in rows.itertuples():
+        own, with_kept = (folder / name / row.image_path for name in (row.decision, "keep"))
+        found.append(own if own.exists() else with_kept)
+    missing = [str(path) for path in found if not path.exists()]
+    if missing:
+        msg = f"{len(missing)} of {len(found)} images are not in {folder}: {some(missing)}. "
+        raise FileNotFoundError(msg + "Expected what `apply` wrote with mode 'repair' or 'copy' from this manifest.")
+    return found
 
 
 def _samples(paths: Iterable[Path | str], split: str, label: object = 0, mask: object = "") -> pd.DataFrame:

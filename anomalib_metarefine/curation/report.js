@@ -4,7 +4,7 @@
   const count = document.getElementById("decided");
   const button = document.getElementById("download");
   const dialog = document.getElementById("compare");
-  const cards = [...document.querySelectorAll(".card")];
+  const cards = [...document.querySelectorAll(".card")].filter((card) => card.querySelector(".enlarge"));
   let saved = true;
   let current = 0;
 

@@ -13,7 +13,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.curation.manifest import Manifest
 
 _REJECTED_SHOWN, _REVIEW_SHOWN = 120, 60  # pictures in the report; the other images are listed by name
+_REPAIRED_SHOWN = 12
 _SIDE = 256  # pixels, longest side of the thumbnail of a square image
 _PICTURE_BUDGET = 9 * 2**20  # bytes of all data URIs; the rest of a report of 10,000 rows takes up to 5 MB
 _QUALITIES = ((256, 84), (256, 70), (192, 70), (128, 60))  # longest side and JPEG quality, until the budget holds
@@ -105,6 +106,8 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path) -> Path:
     group_of = dict(zip(evidence.paths, evidence.groups, strict=True))
     worst = _worst_of_every_group([group_of.get(row["image_path"], -1) for row in scored], _REJECTED_SHOWN)
     cards = _cards([scored[i] for i in worst] + review[:_REVIEW_SHOWN], evidence, manifest.root)
+    repairs = _repairs(manifest, evidence)
+    _encode([picture for card in [*cards, *repairs] for picture in card.pictures if picture.image is not None])
     shown = set(worst)
     groups = _grouped(scored, group_of, cards[: len(worst)])
     environment = jinja2.Environment(
@@ -126,6 +129,8 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path) -> Path:
         rejected_rest=[row for i, row in enumerate(scored) if i not in shown],
         unreadable=[row for row in rejected if not math.isfinite(row["score"])],
         review=cards[len(worst) :],
+        repairs=repairs,
+        unusual=sum(manifest.table.image_path[manifest.table.decision != "reject"].isin(evidence.unusual_in)),
         review_rest=review[_REVIEW_SHOWN:],
         findings=_findings(table),
         flagged=table[table.quality != ""].to_dict("records"),
@@ -139,7 +144,7 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path) -> Path:
     return path
 
 
-def thumbnail(path: Path) -> Image.Image:
+def thumbnail(path: Path | BinaryIO) -> Image.Image:
     """A small 8-bit picture of any image file.
 
     Deep images (16-bit, float) are stretched between their 0.5 and 99.5 percentiles, transparent ones laid on mid-grey.
@@ -147,7 +152,7 @@ def thumbnail(path: Path) -> Image.Image:
     the area of a square of 256 pixels, so that very wide images stay legible; none is enlarged.
 
     Args:
-        path (Path): Image file.
+        path (Path | BinaryIO): Image file.
 
     Returns:
         Image.Image: Mode ``L`` or ``RGB``.
@@ -250,7 +255,28 @@ def _cards(rows: list[dict[str, Any]], evidence: Evidence, root: Path) -> list[C
                 loaded[nearest[name]],
             )
         cards.append(Card(row, [image, heat, other]))
-    _encode([picture for card in cards for picture in card.pictures if picture.image is not None])
+    return cards
+
+
+def _repairs(manifest: Manifest, evidence: Evidence) -> list[Card]:
+    """Images that are not rejected, what is unusual in them, and what repair makes of it; the worst first."""
+    rows = manifest.table[(manifest.table.decision != "reject") & (manifest.table.sha256 != "")]
+    if not rows.image_path.isin(evidence.unusual_in).any():
+        return []
+    from anomalib_metarefine.curation.repair import Repairer, encoded
+
+    cards = []
+    try:
+        repairer = Repairer.of(rows.image_path.tolist(), manifest.paths(rows), evidence)
+        for place in repairer.spoilt[:_REPAIRED_SHOWN]:
+            row = rows.iloc[place].to_dict()
+            name, image = row["image_path"], thumbnail(manifest.root / row["image_path"])
+            unusual = overlay(image, repairer.mask(place), (0.0, 1.0))
+            after = thumbnail(io.BytesIO(encoded(repairer.repair(place).image, ".tiff")))
+            pictures = [("image", image), ("unusual", unusual), ("repaired", after)]
+            cards.append(Card(row, [Picture(caption, f"{name}: {caption}", drawn) for caption, drawn in pictures]))
+    except OSError:  # the report is written anew, and the images have gone since
+        return []
     return cards
 
 

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import yaml
 
 from anomalib_metarefine.benchmark import training
 from anomalib_metarefine.benchmark.config import BenchConfig
-from anomalib_metarefine.benchmark.grid import LeftOut, curated_mask, plan, run_data_set
+from anomalib_metarefine.benchmark.grid import Curated, LeftOut, curated_images, plan, run_data_set
 from anomalib_metarefine.benchmark.parallel import run
 from anomalib_metarefine.benchmark.table import KEY, ResultTable, read_results
 
@@ -39,10 +40,16 @@ def few(monkeypatch):
     monkeypatch.setattr("anomalib_metarefine.benchmark.grid._LEAST_DEFECTIVE", 2)
 
 
-def oracle(paths, seed, data, config):
-    """A curation that finds all defects but one."""
-    found = [path for path in paths if "blob" in path][1:]
-    return np.array([path not in found for path in paths])
+def oracle(paths, seed, data, config, folder):
+    """A curation that finds all defects but one, and repairs that one with a good image."""
+    first, *found = [path for path in paths if "blob" in path] or [""]
+    good = next(path for path in paths if "good" in path)
+    repaired = folder / "repaired.png"
+    repaired.write_bytes(Path(good).read_bytes())
+    return Curated(
+        np.array([path not in found for path in paths]),
+        [str(repaired) if path == first else path for path in paths],
+    )
 
 
 def parts_arguments(parts):
@@ -127,9 +134,9 @@ def test_equal_training_sets_are_trained_on_once(parts, tmp_path, trained, few):
 def test_curation_runs_once_per_training_set(parts, tmp_path, trained, few):
     asked = []
 
-    def curator(paths, seed, data, config):
+    def curator(paths, seed, data, config, folder):
         asked.append((len(paths), seed, data.image_size))
-        return oracle(paths, seed, data, config)
+        return oracle(paths, seed, data, config, folder)
 
     cells(configured(parts), ResultTable(tmp_path / "table.csv"), curator)
     assert asked == [(20, 0, (64, 64))] * 2
@@ -194,7 +201,7 @@ def test_a_clean_training_set_is_there_once_for_all_kinds_of_dirt(parts):
 def test_other_kinds_of_dirt_reach_the_training_set(parts, tmp_path, trained, few, way):
     config = configured(parts, contamination=[0.2], models={"DFM": MODELS["DFM"]}, **way)
     raw, _, clean = cells(
-        config, ResultTable(tmp_path / "table.csv"), lambda paths, *_: np.ones(len(paths), dtype=bool)
+        config, ResultTable(tmp_path / "table.csv"), lambda paths, *_: Curated(np.ones(len(paths), dtype=bool), paths)
     )
     total = 25 if "protocols" in way else 20
     assert raw.kept == total
@@ -202,23 +209,65 @@ def test_other_kinds_of_dirt_reach_the_training_set(parts, tmp_path, trained, fe
     assert raw.test_abnormal == (3 if "protocols" in way else 8)
 
 
-def test_the_curation_is_ours(monkeypatch, parts):
-    """`curate` itself has its own tests."""
+def test_repaired_images_are_trained_on(parts, tmp_path, monkeypatch, few):
+    trained = {}
+    train_and_test = training.train_and_test
+
+    def logged(spec, backbone, layers, train, test, *rest):
+        trained[len(trained)] = train.image_path.astype(str).tolist()
+        return train_and_test(spec, backbone, layers, train, test, *rest)
+
+    monkeypatch.setattr(training, "train_and_test", logged)
+    models = {"DFM": MODELS["DFM"]}
+    config = configured(parts, contamination=[0.2], models=models, trainings=["curated", "repaired"])
+    curated, repaired = cells(config, ResultTable(tmp_path / "table.csv"))
+    assert (repaired.training, repaired.kept, repaired.recall) == ("repaired", curated.kept, curated.recall)
+    assert repaired.curation_seconds >= 0
+    new = set(trained[1]) - set(trained[0])
+    (old,) = set(trained[0]) - set(trained[1])
+    assert [Path(path).name for path in new] == ["repaired.png"]
+    assert "blob" in old
+    assert not any(Path(path).exists() for path in new)  # they were temporary
+
+
+def test_without_anything_unusual_the_repaired_training_is_the_curated_one(parts, tmp_path, trained, few):
+    def curator(paths, *arguments):
+        return oracle(paths, *arguments)._replace(repaired=paths)
+
+    config = configured(parts, contamination=[0.2], models={"DFM": MODELS["DFM"]}, trainings=["curated", "repaired"])
+    curated, repaired = cells(config, ResultTable(tmp_path / "table.csv"), curator)
+    assert len(trained) == 1
+    assert repaired.image_AUROC == curated.image_AUROC
+
+
+def test_the_curation_is_ours(monkeypatch, parts, tmp_path):
+    """`curate` and `apply` themselves have their own tests."""
     asked = []
+    manifest = SimpleNamespace(rejected=[parts / "test" / ".." / "test/blob/001.png"], root=parts)
+    evidence = SimpleNamespace(unusual_in=["test/blob/002.png"])
 
     def curate(data, **settings):
         asked.append((data, settings))
-        manifest = SimpleNamespace(rejected=[parts / "test" / ".." / "test/blob/001.png"], review=[data[0]])
-        return SimpleNamespace(manifest=manifest)
+        return manifest, evidence
 
     monkeypatch.setattr("anomalib_metarefine.curation.curate.curate", curate)
+    applied = []
+    monkeypatch.setattr(
+        "anomalib_metarefine.curation.apply.apply", lambda *args, **kwargs: applied.append((args, kwargs))
+    )
     config = configured(parts, backbone="resnet18", layers=["layer1"])
     paths = [str(parts / f"test/blob/{i:03d}.png") for i in range(3)]
-    assert curated_mask(paths, 5, config.data[0], config).tolist() == [True, False, True]
+    found = curated_images(paths, 5, config.data[0], config, tmp_path / "new")
+    assert found.kept.tolist() == [True, False, True]
+    assert found.repaired == [*paths[:2], str(tmp_path / "new/keep/test/blob/002.png")]
     ((data, settings),) = asked
     assert data == paths
     assert (settings["seed"], settings["image_size"]) == (5, (64, 64))
     assert (settings["backbone"], settings["layers"]) == ("resnet18", ("layer1",))
+    assert applied == [((manifest, tmp_path / "new", "repair"), {"review": "keep", "evidence": evidence})]
+    evidence.unusual_in.clear()
+    assert curated_images(paths, 5, config.data[0], config, tmp_path / "new").repaired == paths
+    assert len(applied) == 1
 
 
 def test_several_processes_find_what_one_finds(parts, tmp_path):

@@ -1,9 +1,13 @@
 import shutil
 
+import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 
 from anomalib_metarefine.curation import apply as module
 from anomalib_metarefine.curation.apply import apply
+from anomalib_metarefine.curation.evidence import Evidence
 from tests.curation.test_manifest import DECISIONS, make_files, make_manifest
 
 
@@ -33,7 +37,7 @@ SORTED = sorted(f"{decision}/{name}" for name, decision in DECISIONS.items())
 def test_sorts_into_folders_and_leaves_the_originals_alone(manifest, root, tmp_path, mode):
     before = contents(root)
     applied = apply(manifest, tmp_path / "to" / "deep", mode)
-    assert applied == ({"keep": 2, "reject": 2, "review": 2}, [])
+    assert applied == ({"keep": 2, "reject": 2, "review": 2}, [], 0)
     assert names(tmp_path / "to" / "deep") == SORTED
     for name, decision in DECISIONS.items():
         target = tmp_path / "to" / "deep" / decision / name
@@ -105,7 +109,8 @@ def test_unreadable_files_are_linked_but_not_copied(root, tmp_path):
     assert manifest.verify().changed == []
     manifest.table.loc[manifest.table.image_path == "dangling.png", "decided_by"] = "unreadable"
     assert apply(manifest, tmp_path / "links").counts["reject"] == 3
-    assert apply(manifest, tmp_path / "copies", "copy") == ({"keep": 2, "reject": 2, "review": 2}, ["dangling.png"])
+    counts = {"keep": 2, "reject": 2, "review": 2}
+    assert apply(manifest, tmp_path / "copies", "copy") == (counts, ["dangling.png"], 0)
 
 
 def test_a_list_can_t_hold_line_breaks(root, tmp_path):
@@ -159,3 +164,92 @@ class TestInterrupted:
         other = make_manifest(root, {**DECISIONS, "left/0.png": "reject"})
         with pytest.raises(ValueError, match="unfinished work of another manifest"):
             apply(other, half, "copy")
+
+
+SPOILT = ("left/0.png", "left/1.png")
+OF_PARTS = dict(zip(DECISIONS, ("keep", "keep", "keep", "review", "review", "reject"), strict=True))
+
+
+class TestRepair:
+    """Six parts: two kept ones with a dark spot, a kept one without, two for review, a rejected one with a spot."""
+
+    @pytest.fixture
+    def root(self, tmp_path):
+        root = tmp_path / "data"
+        for number, name in enumerate(OF_PARTS):
+            pixels = np.random.default_rng(number).normal(100 + number, 2, (40, 40)).astype(np.uint8)
+            pixels[10:20, 10:20] = 5 if name in SPOILT or number == 5 else pixels[10:20, 10:20]
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / name)
+        return root
+
+    @pytest.fixture
+    def manifest(self, root):
+        return make_manifest(root, OF_PARTS)
+
+    @pytest.fixture
+    def evidence(self):
+        unusual = np.zeros((2, 8, 8), dtype=bool)
+        unusual[:, 2:4, 2:4] = True
+        return Evidence([], np.empty((0, 8, 8), np.float16), [], [], (0.0, 1.0), list(SPOILT), unusual)
+
+    def test_spots_are_gone_and_all_else_is_copied(self, manifest, evidence, root, tmp_path):
+        before = contents(root)
+        applied = apply(manifest, tmp_path / "to", "repair", evidence=evidence)
+        assert applied == ({"keep": 3, "reject": 1, "review": 2}, [], 2)
+        assert contents(root) == before
+        assert names(tmp_path / "to") == sorted([*(f"{d}/{n}" for n, d in OF_PARTS.items()), "repairs.csv"])
+        for name, decision in OF_PARTS.items():
+            copy = tmp_path / "to" / decision / name
+            if name in SPOILT:
+                assert np.asarray(Image.open(copy))[10:20, 10:20].min() > 80
+            else:
+                assert copy.read_bytes() == (root / name).read_bytes()
+        repairs = pd.read_csv(tmp_path / "to" / "repairs.csv")
+        assert repairs.image_path.tolist() == list(SPOILT)
+        assert repairs[["left", "top", "width", "height"]].to_numpy().tolist() == [[5, 5, 20, 20]] * 2
+        clean = [name for name, decision in OF_PARTS.items() if decision != "reject" and name not in SPOILT]
+        assert set(repairs.donor) <= set(clean)
+
+    def test_rejected_images_are_neither_repaired_nor_donors(self, root, evidence, tmp_path):
+        decisions = {**OF_PARTS, "left/1.png": "reject"}
+        applied = apply(make_manifest(root, decisions), tmp_path / "to", "repair", "reject", evidence=evidence)
+        assert applied == ({"keep": 2, "reject": 4}, [], 1)
+        repairs = pd.read_csv(tmp_path / "to" / "repairs.csv")
+        assert repairs[["image_path", "donor"]].to_numpy().tolist() == [["left/0.png", "left/2.png"]]
+        assert (tmp_path / "to/reject/left/1.png").read_bytes() == (root / "left/1.png").read_bytes()
+
+    def test_goes_on_after_an_interruption(self, manifest, evidence, tmp_path, monkeypatch):
+        def stop(*_arguments):
+            raise KeyboardInterrupt
+
+        whole = apply(manifest, tmp_path / "whole", "repair", evidence=evidence)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_place", stop)
+            with pytest.raises(KeyboardInterrupt):
+                apply(manifest, tmp_path / "to", "repair", evidence=evidence)
+        assert apply(manifest, tmp_path / "to", "repair", evidence=evidence) == whole
+        files = {name: content for name, (content, _) in contents(tmp_path / "to").items()}
+        assert files == {name: content for name, (content, _) in contents(tmp_path / "whole").items()}
+
+    def test_nothing_unusual_is_a_plain_copy(self, manifest, tmp_path):
+        evidence = Evidence([], np.empty((0, 8, 8), np.float16), [], [], (0.0, 1.0))
+        assert apply(manifest, tmp_path / "to", "repair", evidence=evidence).repaired == 0
+        assert pd.read_csv(tmp_path / "to" / "repairs.csv").empty
+
+    def test_needs_evidence(self, manifest, tmp_path):
+        with pytest.raises(ValueError, match="Pass the evidence of the same curation"):
+            apply(manifest, tmp_path / "to", "repair")
+
+    def test_a_datamodule_of_the_repaired_images(self, manifest, evidence, tmp_path):
+        apply(manifest, tmp_path / "to", "repair", evidence=evidence)
+        apply(manifest, tmp_path / "together", "repair", "keep", evidence=evidence)
+        for folder, review in (("to", "review"), ("together", "keep")):
+            datamodule = manifest.datamodule(repaired=tmp_path / folder, num_workers=0)
+            datamodule.setup()
+            paths = sorted(datamodule.train_data.samples.image_path.astype(str))
+            where = {"keep": "keep", "review": review}
+            wanted = [tmp_path / folder / where[d] / n for n, d in OF_PARTS.items() if d != "reject"]
+            assert paths == sorted(map(str, wanted))
+        with pytest.raises(FileNotFoundError, match=r"5 of 5 images are not in .*left/0.png"):
+            manifest.datamodule(repaired=tmp_path)

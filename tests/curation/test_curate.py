@@ -14,7 +14,7 @@ from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.refine import Refinement, Round
 from anomalib_metarefine.model.fitting import FitSettings
-from tests.conftest import folder, part
+from tests.conftest import folder, part, plate
 
 SMALL = {"image_size": (96, 96), "settings": FitSettings(dimensions=32, meta_steps=2), "progress": False}
 
@@ -171,3 +171,36 @@ def test_an_image_is_rejected_since_it_last_crossed_the_fence():
     rounds = [Round(1.0, scores, 0) for scores in ([2.0, 0.0, 2.0, 2.0], [2.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 0.0])]
     refinement = Refinement(["a", "b", "c", "d"], [False, False, False, True], [0.0] * 4, rounds)
     assert _rejected_since(refinement).tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.usefixtures("patches_of_few_images")
+def test_repair_of_images_that_no_rule_rejects(spotted, tmp_path):
+    plates, out, to = spotted / "train/good", tmp_path / "out", tmp_path / "to"
+    settings = FitSettings(dimensions=32, meta_steps=2, tail=0.2)
+    curation = curate(plates, rule="share:0", **{**SMALL, "settings": settings})
+    with_spot = {f"{i:02d}.png" for i in (3, 11, 19)}
+    assert curation.manifest.counts["reject"] == 0
+    assert with_spot <= set(curation.evidence.unusual_in)
+    curation.write(out)
+    read = Evidence.load(out / "evidence.npz")
+    assert read.unusual_in == curation.evidence.unusual_in
+    np.testing.assert_array_equal(read.unusual, curation.evidence.unusual)
+    assert main(["apply", str(out), "--to", str(to), "--mode", "repair", "--review", "keep"]) == 0
+    repaired = set(pd.read_csv(to / "repairs.csv").image_path)
+    assert {"03.png"} <= repaired <= set(read.unusual_in)  # of six by six patches, a region is soon half the image
+    usual = np.asarray(plate(2))
+    for path in plates.iterdir():
+        after = to / "keep" / path.name
+        if path.name not in repaired:
+            assert after.read_bytes() == path.read_bytes()
+            continue
+        levels = [np.asarray(Image.open(image))[36:48, 36:48].mean() for image in (path, after)]
+        assert levels[1] == pytest.approx(usual[36:48, 36:48].mean(), abs=12)
+        assert (levels[0] > levels[1] + 60) == (path.name in with_spot)
+
+
+def test_evidence_of_before_there_was_repair(tmp_path):
+    old = {"paths": ["a.png"], "maps": np.zeros((1, 2, 2)), "nearest": [""], "groups": [-1], "limits": [0.0, 1.0]}
+    np.savez_compressed(tmp_path / "evidence.npz", **old)
+    evidence = Evidence.load(tmp_path / "evidence.npz")
+    assert (evidence.paths, evidence.unusual_in, len(evidence.unusual)) == (["a.png"], [], 0)

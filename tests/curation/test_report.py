@@ -1,5 +1,6 @@
 """The report: what is in the file, and how it behaves in a real browser (skipped where there is no Chromium)."""
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -75,6 +76,13 @@ def make(root: Path, keep=6, reject=4, review=3, names=(), files=True, visible_s
         limits=(0.0, 1.0),
     )
     return Manifest(table, run), evidence
+
+
+def unusual_in(evidence: Evidence, *names: str) -> Evidence:
+    """One unusual patch, the same in each of these images."""
+    masks = np.zeros((len(names), 6, 8), dtype=bool)
+    masks[:, 2, 3] = True
+    return dataclasses.replace(evidence, unusual_in=list(names), unusual=masks)
 
 
 class Page(HTMLParser):
@@ -159,6 +167,22 @@ def test_missing_and_broken_images_are_named_not_fatal(tmp_path):
     assert page.text.count("There is no kept image to compare with.") == 1
     assert page.text.count("No image to lay the map on.") == 2
     assert len(page.all("img", "src")) == 3 * 7 - 5
+
+
+def test_unusual_places_stand_beside_what_repair_makes_of_them(tmp_path):
+    manifest, evidence = make(tmp_path)
+    evidence = unusual_in(evidence, "good/00001.png", "near/00000.png", "bad/00000.png")
+    page = Page(write_report(manifest, evidence, tmp_path / "report.html"))
+    assert "in 2 images some patches lie further from their like" in page.text  # the third is rejected
+    assert "metarefine apply manifest.csv --to DIR --mode repair" in page.text
+    alts = [alt for alt in page.all("img", "alt") if alt.endswith(("image", "unusual", "repaired"))]
+    names = ("good/00001.png", "near/00000.png")
+    assert alts == [f"{name}: {what}" for name in names for what in ("image", "unusual", "repaired")]
+    assert "#unusual" in page.all("a", "href")
+    (tmp_path / "good/00003.png").unlink()
+    gone = Page(write_report(manifest, evidence, tmp_path / "report.html"))
+    assert "Not all images are where they were, so there are no pictures." in gone.text
+    assert "Unusual places" not in written(tmp_path).text
 
 
 def test_a_persons_decision_is_told_from_the_rules(tmp_path):
@@ -372,6 +396,7 @@ def file(tmp_path_factory) -> Path:
     names = [*ODD_NAMES, "line\nbreak.png", "very/" + "long" * 40 + ".png"]
     quality = {"good/00001.png": "blurred", names[0]: "near duplicate of " + names[1]}
     manifest, evidence = make(root, keep=20, reject=130, review=70, names=names, groups=[0, 1] * 100, quality=quality)
+    evidence = unusual_in(evidence, *(f"good/{i:05d}.png" for i in range(15)))
     (root / "bad/00000.png").unlink()
     Image.new("L", (5000, 250), 90).save(root / "bad/00001.png")
     Image.new("L", (200, 900), 90).save(root / "bad/00002.png")
@@ -399,7 +424,7 @@ def focused(page) -> str:
 
 def test_every_picture_decodes_in_the_browser(page):
     sizes = page.eval_on_selector_all("img", "all => all.map(i => i.complete && i.naturalWidth)")
-    assert len(sizes) == 3 * 180 - 2
+    assert len(sizes) == 3 * 180 - 2 + 3 * 12
     assert all(sizes)
 
 

@@ -16,7 +16,7 @@ from anomalib_metarefine import Contaminated, MetaRefine
 from anomalib_metarefine.model.fitting import FitSettings
 from anomalib_metarefine.model.initialisation import SharedInitialisation, learn_shared
 from anomalib_metarefine.model.torch_model import MetaRefineModel
-from tests.conftest import folder
+from tests.conftest import folder, plate
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")
 
@@ -172,29 +172,6 @@ def test_unfitted_model_and_wrong_size_say_what_to_do(datamodule, tmp_path):
     model, _ = trained(datamodule, tmp_path)
     with pytest.raises(ValueError, match="give 8 x 8 patches"):
         model.model(torch.zeros(1, 3, 128, 128))
-
-
-def plate(noise, spot=False):
-    """A striped plate, the same in every image but for its noise; a spot is always at one place."""
-    rows, columns = np.mgrid[:96, :96]
-    pixels = 120 + 40 * np.sin(rows / 6) + 10 * np.cos(columns / 9)
-    pixels += np.random.default_rng(int(100 * noise)).normal(0, noise, pixels.shape)
-    if spot:
-        pixels[36:48, 36:48] += 100
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture
-def spotted(tmp_path):
-    """24 plates that are ever noisier, three of them with a spot, and a test set to detect it in."""
-    for name in ("train/good", "test/good", "test/blob"):
-        (tmp_path / name).mkdir(parents=True)
-    for i in range(24):
-        plate(2 + i, spot=i % 8 == 3).save(tmp_path / "train/good" / f"{i:02d}.png")
-    for i in range(4):
-        plate(5.01 + i).save(tmp_path / "test/good" / f"{i}.png")
-        plate(5.02 + i, spot=True).save(tmp_path / "test/blob" / f"{i}.png")
-    return tmp_path
 
 
 def test_small_defects_in_kept_images_are_not_learned_from(spotted):

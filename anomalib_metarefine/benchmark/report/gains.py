@@ -9,7 +9,7 @@ import pandas as pd
 from anomalib_metarefine.benchmark.report.cells import CELL, REFINED, UNREFINED, model_order, share, spell
 from anomalib_metarefine.benchmark.report.tables import spread
 from anomalib_metarefine.benchmark.report.typeset import Cell, Table
-from anomalib_metarefine.benchmark.table import TRAININGS, label
+from anomalib_metarefine.benchmark.table import label
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _KEY = ["model", "data", "category", "contamination"]
 _LEAST_GAP = 0.005  # image AUROC between raw and clean: below it there is nothing to recover, only noise to divide by
 _OWN = f"{REFINED}'s own refinement"
+_REPAIRED = ", repaired"
+_TRAININGS = ["raw", "curated", "clean"]
 
 
 def own_refinement(rows: pd.DataFrame) -> pd.DataFrame:
@@ -36,6 +38,20 @@ def own_refinement(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([unrefined, refined], ignore_index=True).assign(model=_OWN)
 
 
+def repair(rows: pd.DataFrame) -> pd.DataFrame:
+    """Training on repaired images as if it were another curation, of models by another name.
+
+    Args:
+        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
+
+    Returns:
+        pd.DataFrame: Raw, repaired (as curated) and clean rows of the models that were trained on repaired images.
+    """
+    models = rows.model[rows.training == "repaired"].unique()
+    part = rows[rows.model.isin(models) & rows.training.isin(["raw", "repaired", "clean"])]
+    return part.assign(training=part.training.replace("repaired", "curated"), model=part.model + _REPAIRED)
+
+
 def paired(rows: pd.DataFrame) -> pd.DataFrame:
     """Image AUROC of the three trainings side by side, with the curation's own figures.
 
@@ -47,7 +63,7 @@ def paired(rows: pd.DataFrame) -> pd.DataFrame:
             ``raw``, ``curated``, ``clean``, ``rejected``, ``precision`` and ``recall``.
     """
     key = [*_KEY, "seed"]
-    wide = rows.pivot(index=key, columns="training", values="image_AUROC").reindex(columns=list(TRAININGS)).dropna()
+    wide = rows.pivot(index=key, columns="training", values="image_AUROC").reindex(columns=_TRAININGS).dropna()
     found = rows[rows.training == "curated"].set_index(key)[["rejected", "precision", "recall"]]
     return wide.join(found).reset_index()
 
@@ -80,11 +96,11 @@ def gains(rows: pd.DataFrame) -> list[Table]:
         list[Table]: Both tables; none if no model has been trained curated.
     """
     curated = model_order(rows[rows.training == "curated"].model)
-    own = own_refinement(rows)
-    models = curated if own.empty else [*curated, _OWN]
+    others = [rows[rows.model.isin(curated)], repair(rows), own_refinement(rows)]
+    models = [*curated, *model_order(others[1].model), *others[2].model.unique()]
     if not models:
         return []
-    rows = pd.concat([rows[rows.model.isin(curated)], own], ignore_index=True)
+    rows = pd.concat(others, ignore_index=True)
     pairs = paired(rows)
     tables = [_everywhere(rows, pairs, models), _on_average(pairs, [m for m in models if m in set(pairs.model)])]
     return [table for table in tables if table.rows]
@@ -104,19 +120,20 @@ def _everywhere(rows: pd.DataFrame, pairs: pd.DataFrame, models: list[str]) -> T
                 body.append([*head, Cell("0", note=reason), *["-"] * 7])
                 continue
             group = groups[key]
-            accuracy = [spread(group[name].mean(), group[name].std()) for name in TRAININGS]
+            accuracy = [spread(group[name].mean(), group[name].std()) for name in _TRAININGS]
             found = [f"{group.rejected.mean():.1f}", _percent(group.precision.mean()), _percent(group.recall.mean())]
             seeds = Cell(str(len(group)), note=reason)
             body.append([*head, seeds, *accuracy, _percent(recovered_share(group)), *found])
     return Table(
         "What curation gives",
-        ["model", "data", "dirty", "seeds", *TRAININGS, "recovered", "rejected", "precision", "recall"],
+        ["model", "data", "dirty", "seeds", *_TRAININGS, "recovered", "rejected", "precision", "recall"],
         body,
         labels=2,
         text="Image AUROC in %, mean ± standard deviation over the seeds whose three trainings ran; recovered: "
         f"(curated - raw) / (clean - raw), a ratio of means, left out where clean is not {100 * _LEAST_GAP:.1f} points "
         "above raw. Rejected images per seed; precision over the seeds that rejected any. In the rows of "
-        f"{_OWN}, raw and clean are the model without it, and curated is the model with it, on everything.",
+        f"{_OWN}, raw and clean are the model without it, and curated is the model with it, on everything; in those "
+        "of a model, repaired, curated is the training on what curation keeps, unusual regions replaced.",
         breaks=breaks,
     )
 
@@ -127,10 +144,15 @@ def _on_average(pairs: pd.DataFrame, models: list[str]) -> Table:
     common = pairs[pairs.groupby(where).model.transform("nunique") == len(models)]
     dirty, clean = common[common.contamination > 0], common[common.contamination == 0]
 
+    repaired = [model for model in models if model.endswith(_REPAIRED)]
+    curated = [model for model in models if model not in repaired and model != _OWN]
+    together = {"all": curated, f"all{_REPAIRED}": repaired}
+    together = {name: group for name, group in together.items() if group}
+
     def row(title: str, part: pd.DataFrame, value: Callable[[pd.DataFrame], str]) -> list[Cell | str]:
-        groups = [*(part[part.model == model] for model in models), part]
+        groups = [*([model] for model in models), *together.values()]
         note = f"Over {spell(part.set_index(where))}."
-        return [Cell(title, note=note), *(value(_means(group)) for group in groups)]
+        return [Cell(title, note=note), *(value(_means(part[part.model.isin(group)])) for group in groups)]
 
     def recovered(means: pd.DataFrame) -> str:
         return _percent(recovered_share(means))
@@ -142,7 +164,7 @@ def _on_average(pairs: pd.DataFrame, models: list[str]) -> Table:
         body.append(row("lost on clean data", clean, lambda means: f"{100 * (means.raw - means.curated).mean():.1f}"))
     return Table(
         "What curation gives, on average",
-        ["", *models, "all"],
+        ["", *models, *together],
         body,
         labels=1,
         text="Over the cells that all models have; every data set counts the same. Lost on clean data: raw - curated "
@@ -153,7 +175,7 @@ def _on_average(pairs: pd.DataFrame, models: list[str]) -> Table:
 def _means(pairs: pd.DataFrame) -> pd.DataFrame:
     """One row per data set and contamination: means over categories, of means over seeds and models."""
     place = ["data", "contamination"]
-    by_category = pairs.groupby([*place, "category"])[list(TRAININGS)].mean()
+    by_category = pairs.groupby([*place, "category"])[_TRAININGS].mean()
     return by_category.groupby(place).mean()
 
 

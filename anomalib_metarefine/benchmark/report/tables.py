@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _MEANING = {
     "raw": "trained on everything in the folder",
     "curated": "trained on what curation lets pass",
+    "repaired": "trained on what curation lets pass, unusual regions replaced",
     "clean": "trained on the truly clean part",
 }
 _NO_FIGURE = "It ran, and gives no such figure."
@@ -81,7 +82,7 @@ def comparison(rows: pd.DataFrame, metric: Metric, training: str, categories: bo
     Args:
         rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
         metric (Metric): What to compare.
-        training (str): ``"raw"``, ``"curated"`` or ``"clean"``.
+        training (str): One of `TRAININGS`.
         categories (bool): Whether categories of a data set have rows of their own, beside their average.
 
     Returns:
@@ -198,7 +199,7 @@ def losses(rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
         reference, key = rows[rows.training == "clean"], [*CELL, "model", "contamination"]
     else:
         reference, key = rows[(rows.training == "raw") & (rows.contamination == 0)], [*CELL, "model"]
-    touched = rows[(rows.training == "curated") | ((rows.training == "raw") & (rows.contamination > 0))]
+    touched = rows[rows.training.isin(["curated", "repaired"]) | ((rows.training == "raw") & (rows.contamination > 0))]
     touched = touched.join(reference.set_index(key)[["image_AUROC", "reason"]].add_suffix("_of_reference"), on=key)
     lost = touched.image_AUROC_of_reference - touched.image_AUROC
     reason = touched.reason.where(touched.reason != "", touched.reason_of_reference.fillna(""))

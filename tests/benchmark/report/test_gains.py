@@ -117,6 +117,28 @@ def test_refinement_of_its_own_is_a_curation_of_the_unrefined_model():
     assert own_refinement(rows({(REFINED, "a", 0.2, 0): (0.88, 0.89, 0.91)})).empty
 
 
+def test_repair_is_another_curation():
+    values = {
+        ("PaDiM", "a", 0.2, 0): (0.80, 0.82, 0.90), ("DFM", "a", 0.2, 0): (0.70, 0.75, 0.80),
+        (UNREFINED, "a", 0.2, 0): (0.80, 0.82, 0.90), (REFINED, "a", 0.2, 0): (0.88, 0.89, 0.91),
+    }  # fmt: skip
+    table = rows(values)
+    repaired = table[(table.model == "PaDiM") & (table.training == "raw")].assign(training="repaired", image_AUROC=0.88)
+    everywhere, average = gains(pd.concat([table, repaired], ignore_index=True))
+    found = cells(everywhere)
+    assert found["PaDiM", "a", "20 %"][1:5] == ["80.0", "82.0", "90.0", "20 %"]
+    assert found["PaDiM, repaired", "a", "20 %"][1:5] == ["80.0", "88.0", "90.0", "80 %"]
+    assert ("DFM, repaired", "a", "20 %") not in found
+    last = dict(zip(average.header, average.rows[0], strict=True))
+    assert (last["PaDiM, repaired"], last["all, repaired"], last["MetaRefine's own refinement"]) == (
+        "80 %",
+        "80 %",
+        "80 %",
+    )
+    # Of PaDiM, DFM and the two that refine themselves, without what is repaired: (2 + 5 + 2 + 1) / (10 + 10 + 10 + 3).
+    assert last["all"] == "30 %"
+
+
 def test_no_curated_training_no_table():
     made = one_scenario(results(seeds=(0,)))
     assert gains(made[(made.training != "curated") & (made.model != REFINED)]) == []
