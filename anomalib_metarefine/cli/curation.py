@@ -75,9 +75,8 @@ def _curate(options: argparse.Namespace) -> int:
     curation.write(options.out)
     print(curation.manifest.verdict)
     if curation.evidence.unusual_in:
-        print(
-            f"In {len(curation.evidence.unusual_in)} images some places look unusual. To have them replaced in copies:"
-        )
+        count = len(curation.evidence.unusual_in)
+        print(f"In {count} image{'s' * (count != 1)} some places look unusual. To have them replaced, in copies:")
         print(f"  metarefine apply {options.out} --to DIR --mode repair")
     print(f"{options.out.resolve()}: {', '.join(sorted(file.name for file in options.out.iterdir()))}")
     share = curation.manifest.counts["reject"] / len(curation.manifest.table)
