@@ -274,7 +274,7 @@ def summarise(rows: pd.DataFrame) -> str:
         parts += [f"### Refinement: {refinement}", markdown(["data", "images", "dirty", *wide.columns], lines)]
     cost = rows[rows.refinement == "none"].assign(ratio=lambda r: r.meta_seconds / r.backbone_seconds)
     costs = [[start, f"{cost[cost.start == start].ratio.median():.2f}"] for start in starts]
-    parts += ["### Seconds of meta-training in those of one pass of the backbone, median", markdown(["", ""], costs)]
+    parts += ["### Time of meta-training in passes of the backbone, median", markdown(["start", "passes"], costs)]
     return "\n\n".join(parts)
 
 
