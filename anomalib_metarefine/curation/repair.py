@@ -120,7 +120,7 @@ class Repairer:
         small = _thumbnail(image, self._unusual.shape[1:])
         result, transplants, left = image.astype(np.float32), [], 0
         for region, ring in regions(self._unusual[index]):
-            donor = self._find_donor(index, region, ring, small)
+            donor = self._find_donor(region, ring, small)
             if donor is None:
                 left += 1
                 continue
@@ -134,12 +134,12 @@ class Repairer:
             result = np.rint(result).clip(limits.min, limits.max)
         return Repaired(result.astype(image.dtype), transplants, left)
 
-    def _find_donor(self, index: int, region: np.ndarray, ring: np.ndarray, small: _Small) -> int | None:
-        """The image whose surroundings of a region are most like this one's; none if all are unusual there."""
+    def _find_donor(self, region: np.ndarray, ring: np.ndarray, small: _Small) -> int | None:
+        """The image that is most like ``small`` around a region; none if all are unusual in it."""
         if region.mean() > _LARGEST:
             return None
-        usual = ~self._unusual[self._donors][:, region].any(1)
-        fitting = [i for i in self._donors[usual].tolist() if i != index and self._small[i].kind == small.kind]
+        usual = ~self._unusual[self._donors][:, region].any(1)  # never the image itself
+        fitting = [i for i in self._donors[usual].tolist() if self._small[i].kind == small.kind]
         if not fitting:
             return None
         around = np.kron(ring, np.ones((_SAMPLES, _SAMPLES), dtype=bool))

@@ -237,6 +237,15 @@ class TestRepair:
         assert apply(manifest, tmp_path / "to", "repair", evidence=evidence).repaired == 0
         assert pd.read_csv(tmp_path / "to" / "repairs.csv").empty
 
+    def test_what_can_t_be_repaired_or_read_is_copied_or_left_out(self, root, evidence, tmp_path):
+        evidence.unusual[:] = True  # everywhere: there is nothing to take
+        (root / "dangling.png").symlink_to("nowhere")
+        manifest = make_manifest(root, {**OF_PARTS, "dangling.png": "keep"})
+        applied = apply(manifest, tmp_path / "to", "repair", evidence=evidence)
+        assert (applied.left_out, applied.repaired) == (["dangling.png"], 0)
+        for name in SPOILT:
+            assert (tmp_path / "to" / "keep" / name).read_bytes() == (root / name).read_bytes()
+
     def test_needs_evidence(self, manifest, tmp_path):
         with pytest.raises(ValueError, match="Pass the evidence of the same curation"):
             apply(manifest, tmp_path / "to", "repair")

@@ -74,6 +74,27 @@ def test_the_donor_is_the_one_whose_surroundings_fit(tmp_path):
     assert Repairer(paths, masks(4, (0, 3, 4))).repair(0).transplants[0].donor == paths[2]
 
 
+def test_what_lies_in_the_region_itself_does_not_matter(tmp_path):
+    images = [scene(100, 1, 0), scene(100, 3, 1), scene(100, 1, 2)]
+    for spoilt in images[:2]:
+        spoilt[20:50, 36:72] = 5
+    paths = save(tmp_path, images)
+    assert Repairer(paths, masks(3, (0, 3, 4))).repair(0).transplants[0].donor == paths[2]
+
+
+def test_what_sticks_out_of_its_patch_is_gone_too(tmp_path):
+    images = [scene(100, seed=seed) for seed in range(3)]
+    clean, around = images[0].copy(), (slice(26, 44), slice(43, 65))
+    images[0][around] = 5
+    repaired = Repairer(save(tmp_path, images), masks(3, (0, 3, 4))).repair(0).image
+    assert np.abs(repaired[around].astype(float) - clean[around]).max() < 15
+
+
+def test_the_most_spoilt_come_first(spoilt):
+    paths, _ = spoilt
+    assert Repairer(paths, masks(5, (1, 3, 4), (3, 3, slice(4, 7)), (4, 0, slice(0, 2)))).spoilt == [3, 4, 1]
+
+
 def test_no_donor_is_unusual_in_the_region_itself(spoilt):
     paths, _ = spoilt
     best = Repairer(paths, masks(5, (0, 3, 4))).repair(0).transplants[0].donor
