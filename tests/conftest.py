@@ -72,9 +72,10 @@ def folder(root: Path, **settings) -> Folder:
 
 @pytest.fixture(scope="module")
 def patches_of_few_images():
-    """Single patches are rejected from 8 images on, so that toys can be small."""
+    """Regions are rejected from one patch and from 8 images on, so that toys can be small."""
     from anomalib_metarefine.curation import patches
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patches, "FEWEST_IMAGES", 8)
+        patch.setattr(patches, "LEAST_REGION", 1)
         yield

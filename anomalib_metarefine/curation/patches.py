@@ -2,8 +2,9 @@
 
 Where dirty images score like clean ones (KolektorSDD, say) no fence between *images* finds any. Their defective
 patches still lie further from their like than other patches of the same place do, and can be left out of what is
-learned, place by place. That is only right where a place shows much the same in every image: with parts that lie
-anywhere, the rare patches of a place are the part itself. `keeps_order` tells the two apart.
+learned, place by place: in connected regions, since a single odd patch is mostly noise, together with what lies around
+a region, since features see further than their patch. That is only right where a place shows much the same in every
+image: with parts that lie anywhere, the rare patches of a place are the part itself. `keeps_order` tells the two apart.
 
 References:
     Jiang et al., "SoftPatch: Unsupervised Anomaly Detection with Noisy Data", arXiv 2403.14233 (leaving out patches
@@ -13,6 +14,7 @@ References:
 from __future__ import annotations
 
 import numpy as np
+from scipy import ndimage
 from scipy.stats import spearmanr
 
 _ONE_SIGMA = 0.1587  # of a normal distribution lies this far below the mean or further
@@ -20,6 +22,8 @@ _LEAST_SPREAD = 0.05  # of log distances: places that look the same in all image
 # Below, what is left of a place is too little to learn it from: ELPV mono loses 9 points with 32 images, 1 with 64.
 FEWEST_IMAGES = 80
 _LEAST_CORRELATION = 0.9
+LEAST_REGION = 5  # patches, before it is widened
+_NEIGHBOURS = np.array([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))], dtype=bool)  # diagonal ones too
 
 
 def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
@@ -46,6 +50,38 @@ def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
     logs = np.log(np.maximum(distances, np.finfo(np.float32).tiny))
     low, median = np.quantile(logs, [_ONE_SIGMA, 0.5], axis=0)
     return logs <= median + fence * np.maximum(median - low, _LEAST_SPREAD)
+
+
+def outside_regions(usual: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Patches outside of the connected regions of unusual ones, each region one patch wider than it is.
+
+    Regions of fewer than five patches are none. At a place where less than half of the images would be left, regions
+    are not widened.
+
+    Args:
+        usual (np.ndarray): ``[N x P]`` mask, from `usual_patches`.
+        grid (tuple[int, int]): Rows and columns of patches.
+
+    Returns:
+        np.ndarray: ``[N x P]`` mask.
+
+    Example:
+        >>> usual = np.ones((3, 4, 6), dtype=bool)
+        >>> usual[0, 0, :5] = usual[0, 3, 0] = False
+        >>> outside_regions(usual.reshape(3, 24), (4, 6))[0].reshape(4, 6).astype(int)
+        array([[0, 0, 0, 0, 0, 0],
+               [0, 0, 0, 0, 0, 0],
+               [1, 1, 1, 1, 1, 1],
+               [1, 1, 1, 1, 1, 1]])
+    """
+    labels, _ = ndimage.label(~usual.reshape(-1, *grid), _NEIGHBOURS)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    regions = (sizes >= LEAST_REGION)[labels]
+    wide = ndimage.binary_dilation(regions, _NEIGHBOURS)
+    crowded = wide.mean(0) > 0.5
+    wide[:, crowded] = regions[:, crowded]
+    return ~wide.reshape(usual.shape)
 
 
 def keeps_order(before: np.ndarray, after: np.ndarray) -> bool:

@@ -1,9 +1,9 @@
 """Repair: a place that looks unusual is replaced by the same place of another image, for models that take whole images.
 
-Where no image stands apart as a whole, refinement leaves out single patches (`curation/patches.py`). Other models can't
-do that, but an image without its defect serves them as well: the region is taken from the image that fits its
+Where no image stands apart as a whole, refinement leaves out regions of images (`curation/patches.py`). Other models
+can't do that, but an image without its defect serves them as well: the region is taken from the image that fits its
 surroundings best, brought to their brightness, and faded in. This is for parts that lie alike in all images; for others
-there are no unusual patches to begin with.
+there are no such regions to begin with.
 """
 
 from __future__ import annotations
@@ -177,9 +177,7 @@ def encoded(image: np.ndarray, suffix: str) -> bytes:
 
 
 def regions(unusual: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Connected regions of unusual patches, one patch wider than they are, and the ring of patches around each.
-
-    Features see further than their patch, and a defect rarely ends where its patch does; so a region is widened.
+    """Connected regions of unusual patches, and the ring of patches around each.
 
     Args:
         unusual (np.ndarray): ``[R x C]`` mask.
@@ -192,10 +190,9 @@ def regions(unusual: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         >>> corner[0, 0] = True
         >>> region, ring = next(regions(corner))
         >>> region.sum(), ring.sum()
-        (np.int64(4), np.int64(5))
+        (np.int64(1), np.int64(3))
     """
-    wide = ndimage.binary_dilation(unusual, _NEIGHBOURS)
-    labels, count = ndimage.label(wide, _NEIGHBOURS)
+    labels, count = ndimage.label(unusual, _NEIGHBOURS)
     for number in range(1, count + 1):
         region = labels == number
         yield region, ndimage.binary_dilation(region, _NEIGHBOURS) & ~region

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.func import functional_call
 from torch.nn import functional
 
-from anomalib_metarefine.curation.patches import keeps_order, usual_patches
+from anomalib_metarefine.curation.patches import keeps_order, outside_regions, usual_patches
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
 from anomalib_metarefine.curation.rules import get_rule
 from anomalib_metarefine.curation.scores import hybrid
@@ -211,7 +211,7 @@ class DensityFitter:
         return Density(self.whitening, gaussian, parameters)
 
     def _leave_out_patches(self, known: Mapping[int, bool] | None) -> None:
-        """Reject single patches where no whole image stands apart, if images keep their order without them.
+        """Reject regions of images where no whole image stands apart, if images keep their order without them.
 
         Where images do, the rest of the unusual patches are mostly good ones: on ELPV mono it costs half a point then.
         """
@@ -221,7 +221,8 @@ class DensityFitter:
             return
         before = self._gaussian_scores()
         distances = self.episodes[0][self.kept].numpy()
-        self.learned[self.kept] = torch.from_numpy(usual_patches(distances, self.settings.patch_fence))
+        usual = usual_patches(distances, self.settings.patch_fence)
+        self.learned[self.kept] = torch.from_numpy(outside_regions(usual, self.grid))
         if not keeps_order(before, self._gaussian_scores()):
             self.learned = torch.ones_like(self.learned)
 

@@ -92,10 +92,10 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
             contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
         rounds (int): Rounds of refinement at most; 0 trains on everything.
-        patch_fence (float): Where refinement rejects no image, single patches that lie this many spreads further from
-            their like than other patches of the same place are not learned from; 0 learns from all. Where parts lie
-            anywhere, all are learned from anyway (`curation.patches`). Needs 80 images and
-            ``neighbour_weight`` above 0.
+        patch_fence (float): Where refinement rejects no image, regions of patches that lie this many spreads further
+            from their like than other patches of the same place are not learned from; 0 learns from all. Where parts
+            lie anywhere, all are learned from anyway (`curation.patches`). Needs 80 images and ``neighbour_weight``
+            above 0.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
             backbone was trained.

@@ -190,7 +190,7 @@ class TestRepair:
     @pytest.fixture
     def evidence(self):
         unusual = np.zeros((2, 8, 8), dtype=bool)
-        unusual[:, 2:4, 2:4] = True
+        unusual[:, 1:5, 1:5] = True
         return Evidence([], np.empty((0, 8, 8), np.float16), [], [], (0.0, 1.0), list(SPOILT), unusual)
 
     def test_spots_are_gone_and_all_else_is_copied(self, manifest, evidence, root, tmp_path):

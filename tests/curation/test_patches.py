@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
-from anomalib_metarefine.curation.patches import keeps_order, usual_patches
+from anomalib_metarefine.curation import patches
+from anomalib_metarefine.curation.patches import keeps_order, outside_regions, usual_patches
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")
 
@@ -89,6 +91,51 @@ def test_a_handful_of_images_is_left_whole(images):
     distances = np.ones((images, 4))
     distances[0] = 1e6
     assert usual_patches(distances, 2.5).all()
+
+
+GRIDS = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@st.composite
+def sparse_masks(draw):
+    """Usual patches of some images, few or many of them not."""
+    grid, images = draw(GRIDS), draw(st.integers(1, 6))
+    share = draw(st.floats(0, 0.5))
+    return np.random.default_rng(draw(SEEDS)).random((images, grid[0] * grid[1])) >= share, grid
+
+
+class TestRegions:
+    @pytest.fixture(autouse=True)
+    def of_real_size(self, monkeypatch):
+        monkeypatch.setattr(patches, "LEAST_REGION", 5)
+
+    @given(sparse_masks())
+    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_regions_and_what_is_around_them_are_left_out(self, masks):
+        usual, grid = masks
+        outside = outside_regions(usual, grid)
+        regions = np.zeros((len(usual), *grid), dtype=bool)
+        for image, odd in enumerate(~usual.reshape(-1, *grid)):
+            labels, count = ndimage.label(odd, np.ones((3, 3)))
+            for number in range(1, count + 1):
+                regions[image] |= (labels == number) & ((labels == number).sum() >= 5)
+        wide = np.array([ndimage.binary_dilation(region, np.ones((3, 3))) for region in regions])
+        crowded = wide.mean(0) > 0.5
+        expected = ~np.where(crowded, regions, wide)
+        np.testing.assert_array_equal(outside.reshape(-1, *grid), expected)
+
+    @given(st.integers(2, 30), GRIDS, SEEDS)
+    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_at_least_half_of_every_place_stays(self, images, grid, seed):
+        usual = usual_patches(np.random.default_rng(seed).lognormal(0, 1, (images, grid[0] * grid[1])), 0.1)
+        assert (2 * outside_regions(usual, grid).sum(0) >= images).all()
+
+    def test_single_odd_patches_are_noise(self):
+        usual = np.ones((3, 6, 6), dtype=bool)
+        usual[0, ::2, ::2] = usual[1, 0, :4] = False
+        assert outside_regions(usual.reshape(3, 36), (6, 6)).all()
+        usual[1, 1, 4] = False  # the fifth, by a corner
+        assert (~outside_regions(usual.reshape(3, 36), (6, 6))).sum(1).tolist() == [0, 15, 0]
 
 
 @given(

@@ -173,7 +173,7 @@ def test_unusual_places_stand_beside_what_repair_makes_of_them(tmp_path):
     manifest, evidence = make(tmp_path)
     evidence = unusual_in(evidence, "good/00001.png", "near/00000.png", "bad/00000.png")
     page = Page(write_report(manifest, evidence, tmp_path / "report.html"))
-    assert "in 2 images some patches lie further from their like" in page.text  # the third is rejected
+    assert "but 2 images have regions that lie further from their like" in page.text  # the third is rejected
     assert "metarefine apply manifest.csv --to DIR --mode repair" in page.text
     alts = [alt for alt in page.all("img", "alt") if alt.endswith(("image", "unusual", "repaired"))]
     names = ("good/00001.png", "near/00000.png")

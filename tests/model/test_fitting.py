@@ -40,7 +40,7 @@ def test_defective_patches_are_left_out_where_no_image_is_rejected(store):
     fitter, refinement = fitted(store, rule="share:0")
     assert all(refinement.kept)
     assert not any(fitter.learned[5 * image, 6 + image] for image in range(4))
-    assert 4 / 800 <= refinement.unusual_patches < 0.06
+    assert 4 * 6 / 800 <= refinement.unusual_patches < 0.25  # with their neighbours
     assert refinement.unusual_patches == pytest.approx(1 - fitter.learned.float().mean().item())
 
 

@@ -186,9 +186,9 @@ def test_small_defects_in_kept_images_are_not_learned_from(spotted):
         rise[fence] = (spot - clean).view(6, 16, 6, 16).mean((1, 3))  # bits per dimension that the spot adds, by patch
         shares[fence] = model.refinement.unusual_patches
     assert shares[0] == 0
-    assert 3 / (24 * 36) <= shares[2.5] < 0.06
+    assert 3 * 9 / (24 * 36) <= shares[2.5] < 0.2  # each with its neighbours
     assert rise[2.5][2, 2] > 10 * rise[0][2, 2]
-    assert (rise[2.5] - rise[0])[5].abs().max() < 0.2  # far from it, all is as it was
+    assert (rise[2.5] - rise[0])[5].abs().max() < rise[2.5][2, 2] / 10  # far from it, all is about as it was
 
 
 def test_patches_are_all_learned_where_images_are_few_or_not_compared(spotted):
