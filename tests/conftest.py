@@ -73,9 +73,11 @@ def folder(root: Path, **settings) -> Folder:
 @pytest.fixture(scope="module")
 def patches_of_few_images():
     """Regions are rejected from one patch and from 8 images on, so that toys can be small."""
-    from anomalib_metarefine.curation import patches
+    from anomalib_metarefine.curation import evidence, patches
+    from anomalib_metarefine.model import fitting
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patches, "FEWEST_IMAGES", 8)
-        patch.setattr(patches, "LEAST_REGION", 1)
+        patch.setattr(fitting, "LEAST_REGION", 1)
+        patch.setattr(evidence, "LEAST_REPAIRED", 1)
         yield

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from anomalib_metarefine.curation.patches import LEAST_REPAIRED, outside_regions
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -32,8 +34,8 @@ class Evidence:
         nearest (list[str]): ``image_path`` of the kept image that looks most like each; empty if there is none.
         groups (list[int]): Which look alike under the peak of their map; -1 where there are too few to tell.
         limits (tuple[float, float]): Colour limits for all maps: a usual patch, and the most unusual ones.
-        unusual_in (list[str]): ``image_path`` of the ``U`` images with patches that were left out of what was learned.
-        unusual (np.ndarray): ``[U x H x W]`` mask of these patches.
+        unusual_in (list[str]): ``image_path`` of the ``U`` images with regions that repair would replace.
+        unusual (np.ndarray): ``[U x H x W]`` mask of the patches of these regions.
     """
 
     paths: list[str]
@@ -90,7 +92,7 @@ def gather_evidence(fitter: DensityFitter, names: Sequence[str], kept: np.ndarra
     """
     maps = fitter.maps
     limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
-    patches = ~fitter.learned.view(-1, *fitter.grid).numpy()
+    patches = ~outside_regions(fitter.usual, fitter.grid, LEAST_REPAIRED).reshape(-1, *fitter.grid)
     spoilt = np.flatnonzero(patches.any((1, 2)))
     unusual = ([names[i] for i in spoilt], patches[spoilt])
     if len(shown) == 0:

@@ -22,7 +22,8 @@ _LEAST_SPREAD = 0.05  # of log distances: places that look the same in all image
 # Below, what is left of a place is too little to learn it from: ELPV mono loses 9 points with 32 images, 1 with 64.
 FEWEST_IMAGES = 80
 _LEAST_CORRELATION = 0.9
-LEAST_REGION = 5  # patches, before it is widened
+LEAST_REGION = 3  # patches, before it is widened
+LEAST_REPAIRED = 5  # stricter: to learn a place from fewer images costs less than to learn it from altered ones
 _NEIGHBOURS = np.array([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))], dtype=bool)  # diagonal ones too
 
 
@@ -52,15 +53,15 @@ def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
     return logs <= median + fence * np.maximum(median - low, _LEAST_SPREAD)
 
 
-def outside_regions(usual: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def outside_regions(usual: np.ndarray, grid: tuple[int, int], least: int) -> np.ndarray:
     """Patches outside of the connected regions of unusual ones, each region one patch wider than it is.
 
-    Regions of fewer than five patches are none. At a place where less than half of the images would be left, regions
-    are not widened.
+    At a place where less than half of the images would be left, regions are not widened.
 
     Args:
         usual (np.ndarray): ``[N x P]`` mask, from `usual_patches`.
         grid (tuple[int, int]): Rows and columns of patches.
+        least (int): Patches of a region, before it is widened; what is smaller is none.
 
     Returns:
         np.ndarray: ``[N x P]`` mask.
@@ -68,7 +69,7 @@ def outside_regions(usual: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     Example:
         >>> usual = np.ones((3, 4, 6), dtype=bool)
         >>> usual[0, 0, :5] = usual[0, 3, 0] = False
-        >>> outside_regions(usual.reshape(3, 24), (4, 6))[0].reshape(4, 6).astype(int)
+        >>> outside_regions(usual.reshape(3, 24), (4, 6), least=5)[0].reshape(4, 6).astype(int)
         array([[0, 0, 0, 0, 0, 0],
                [0, 0, 0, 0, 0, 0],
                [1, 1, 1, 1, 1, 1],
@@ -77,7 +78,7 @@ def outside_regions(usual: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     labels, _ = ndimage.label(~usual.reshape(-1, *grid), _NEIGHBOURS)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    regions = (sizes >= LEAST_REGION)[labels]
+    regions = (sizes >= least)[labels]
     wide = ndimage.binary_dilation(regions, _NEIGHBOURS)
     crowded = wide.mean(0) > 0.5
     wide[:, crowded] = regions[:, crowded]

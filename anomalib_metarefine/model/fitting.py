@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.func import functional_call
 from torch.nn import functional
 
-from anomalib_metarefine.curation.patches import keeps_order, outside_regions, usual_patches
+from anomalib_metarefine.curation.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
 from anomalib_metarefine.curation.rules import get_rule
 from anomalib_metarefine.curation.scores import hybrid
@@ -115,7 +115,8 @@ class DensityFitter:
             store.sample_patches(_WHITENING_PATCHES, generator), flow.dimensions
         )
         self.loss = flow_loss(flow, settings.trim, settings.ranking)
-        self.learned = torch.ones(len(store), len(self.positions), dtype=torch.bool)  # patches
+        self.usual = np.ones((len(store), len(self.positions)), dtype=bool)  # patches
+        self.learned = torch.from_numpy(self.usual.copy())
 
     def fit(self, known: Mapping[int, bool] | None = None) -> tuple[Density, Refinement]:
         """Meta-train, then refine.
@@ -221,10 +222,11 @@ class DensityFitter:
             return
         before = self._gaussian_scores()
         distances = self.episodes[0][self.kept].numpy()
-        usual = usual_patches(distances, self.settings.patch_fence)
-        self.learned[self.kept] = torch.from_numpy(outside_regions(usual, self.grid))
+        self.usual[self.kept] = usual_patches(distances, self.settings.patch_fence)
+        self.learned = torch.from_numpy(outside_regions(self.usual, self.grid, LEAST_REGION))
         if not keeps_order(before, self._gaussian_scores()):
-            self.learned = torch.ones_like(self.learned)
+            self.usual[:] = True
+            self.learned[:] = True
 
     def _gaussian_scores(self) -> np.ndarray:
         """Scores of the kept images by the positional Gaussian alone, ``[n]``: what the flow adds is far smaller."""

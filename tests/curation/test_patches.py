@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from anomalib_metarefine.curation import patches
 from anomalib_metarefine.curation.patches import keeps_order, outside_regions, usual_patches
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")
@@ -105,37 +104,33 @@ def sparse_masks(draw):
 
 
 class TestRegions:
-    @pytest.fixture(autouse=True)
-    def of_real_size(self, monkeypatch):
-        monkeypatch.setattr(patches, "LEAST_REGION", 5)
-
-    @given(sparse_masks())
-    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-    def test_regions_and_what_is_around_them_are_left_out(self, masks):
+    @given(sparse_masks(), st.integers(1, 8))
+    @settings(deadline=None)
+    def test_regions_and_what_is_around_them_are_left_out(self, masks, least):
         usual, grid = masks
-        outside = outside_regions(usual, grid)
+        outside = outside_regions(usual, grid, least)
         regions = np.zeros((len(usual), *grid), dtype=bool)
         for image, odd in enumerate(~usual.reshape(-1, *grid)):
             labels, count = ndimage.label(odd, np.ones((3, 3)))
             for number in range(1, count + 1):
-                regions[image] |= (labels == number) & ((labels == number).sum() >= 5)
+                regions[image] |= (labels == number) & ((labels == number).sum() >= least)
         wide = np.array([ndimage.binary_dilation(region, np.ones((3, 3))) for region in regions])
         crowded = wide.mean(0) > 0.5
         expected = ~np.where(crowded, regions, wide)
         np.testing.assert_array_equal(outside.reshape(-1, *grid), expected)
 
     @given(st.integers(2, 30), GRIDS, SEEDS)
-    @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(deadline=None)
     def test_at_least_half_of_every_place_stays(self, images, grid, seed):
         usual = usual_patches(np.random.default_rng(seed).lognormal(0, 1, (images, grid[0] * grid[1])), 0.1)
-        assert (2 * outside_regions(usual, grid).sum(0) >= images).all()
+        assert (2 * outside_regions(usual, grid, 2).sum(0) >= images).all()
 
     def test_single_odd_patches_are_noise(self):
         usual = np.ones((3, 6, 6), dtype=bool)
         usual[0, ::2, ::2] = usual[1, 0, :4] = False
-        assert outside_regions(usual.reshape(3, 36), (6, 6)).all()
+        assert outside_regions(usual.reshape(3, 36), (6, 6), 5).all()
         usual[1, 1, 4] = False  # the fifth, by a corner
-        assert (~outside_regions(usual.reshape(3, 36), (6, 6))).sum(1).tolist() == [0, 15, 0]
+        assert (~outside_regions(usual.reshape(3, 36), (6, 6), 5)).sum(1).tolist() == [0, 15, 0]
 
 
 @given(
