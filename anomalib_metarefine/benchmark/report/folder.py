@@ -21,7 +21,7 @@ from anomalib_metarefine.benchmark.report.tables import (
     comparisons,
     losses,
 )
-from anomalib_metarefine.benchmark.table import label
+from anomalib_metarefine.benchmark.table import TRAININGS, label
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -41,10 +41,10 @@ _FIGURES = (
 )
 _HOW_TO_READ = """\
 Every model is trained on a folder of images that are said to be good, of which a known share is not: **raw** on
-everything, **curated** on what `curate` lets pass, **clean** on the truly clean part, which no user knows. The test
-set is the same for the three. MetaRefine refines itself, so its raw training already leaves images out; "MetaRefine,
-unrefined" is the same model without that. Raw is what a user gets from a dirty folder; the distance to clean is what
-the dirt costs.
+everything, **curated** on what `curate` lets pass, **repaired** on the same with the places that look unusual
+replaced, **clean** on the truly clean part, which no user knows. The test set is the same for all. MetaRefine refines
+itself, so its raw training already leaves images out; "MetaRefine, unrefined" is the same model without that. Raw is
+what a user gets from a dirty folder; the distance to clean is what the dirt costs.
 
 Figures are means over seeds ± their standard deviation; a seed draws the images, the dirt among them and all
 initialisations. Averages count every data set the same, in a data set every category, and take in only cells (data
@@ -182,7 +182,7 @@ def _data(data: str, category: str, rows: pd.DataFrame) -> list[str]:
 
 def _model(model: str, rows: pd.DataFrame) -> list[str]:
     settings = "; ".join(f"`{text.replace('|', '/')}`" for text in sorted(rows.settings.unique()))
-    trainings = ", ".join(sorted(rows.training.unique(), reverse=True))
+    trainings = ", ".join(training for training in TRAININGS if training in set(rows.training))
     failed = int((rows.reason != "").sum())
     backbones = escape(", ".join(sorted(rows.backbone.unique())))
     return [escape(model), settings, backbones, trainings, str(len(rows) - failed), str(failed)]
