@@ -273,9 +273,10 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
     try:
         samples, kept = training_set.select(key.training)
         seconds = training_set.curation_seconds if key.training in ("curated", "repaired") else float("nan")
-        for training in ("raw", "curated"):
+        # Which trainings may have been on the same images, and can be asked without a curation that is not needed yet.
+        for training in {"raw": [], "repaired": ["raw", "curated"]}.get(key.training, ["raw"]):
             known = table.find(replace(key, training=training))
-            if training != key.training and known is not None and not known.reason:
+            if known is not None and not known.reason:
                 images, used = training_set.select(training)
                 if samples.image_path[kept].equals(images.image_path[used]):
                     return replace(known, training=key.training, curation_seconds=seconds)

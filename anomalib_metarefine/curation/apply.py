@@ -107,7 +107,7 @@ def apply(
             (to / name).mkdir(exist_ok=True)
         if mode == "repair":
             repairs = _repair(manifest, table, evidence, to, progress)
-            listed = [(path, *box, Path(donor).relative_to(manifest.root)) for path, (*box, donor) in repairs]
+            listed = [(path, *box, donor.relative_to(manifest.root)) for path, (*box, donor) in repairs]
             columns = ["image_path", "left", "top", "width", "height", "donor"]
             write_text(to / REPAIRS_FILE, pd.DataFrame(listed, columns=columns).to_csv(index=False))
         pairs = [(manifest.root / p, to / f / p) for p, f in zip(table.image_path, table.folder, strict=True)]

@@ -172,7 +172,14 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def encoded(image: np.ndarray, suffix: str) -> bytes:
-    """The bytes of an image file in the format of a file name's suffix; JPEG and WebP with next to no loss."""
+    """The bytes of an image file in the format of a file name's suffix; JPEG and WebP with next to no loss.
+
+    Raises:
+        ValueError: If the suffix is that of no format.
+    """
+    if not cv2.haveImageWriter(f"image{suffix}"):
+        msg = f"Images named *{suffix} can't be written. Expected .png, .jpg, .bmp, .tif or .webp."
+        raise ValueError(msg)
     return cv2.imencode(suffix, image, _QUALITY.get(suffix.lower(), []))[1].tobytes()
 
 

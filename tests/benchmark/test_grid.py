@@ -230,6 +230,17 @@ def test_repaired_images_are_trained_on(parts, tmp_path, monkeypatch, few):
     assert not any(Path(path).exists() for path in new)  # they were temporary
 
 
+def test_a_missing_row_of_the_clean_part_needs_no_curation(parts, tmp_path, trained, few):
+    def never(*_arguments):
+        pytest.fail("asked for a curation")
+
+    table = tmp_path / "table.csv"
+    for wanted, curator in (("curated", oracle), ("clean", never), ("raw", never)):
+        config = configured(parts, contamination=[0.2], models={"DFM": MODELS["DFM"]}, trainings=[wanted])
+        assert [row.reason for row in cells(config, ResultTable(table), curator)] == [""]
+    assert len(trained) == 3
+
+
 def test_without_anything_unusual_the_repaired_training_is_the_curated_one(parts, tmp_path, trained, few):
     def curator(paths, *arguments):
         return oracle(paths, *arguments)._replace(repaired=paths)

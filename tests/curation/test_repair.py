@@ -175,6 +175,8 @@ def test_bad_input(spoilt, tmp_path):
     with pytest.raises(ValueError, match=r"one mask .* for each of 5 images, found shape \(4, 8, 10\)"):
         Repairer(paths, masks(4))
     (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"Images named \*.dat can't be written. Expected .png"):
+        encoded(np.zeros((4, 4), np.uint8), ".dat")
     with pytest.raises(OSError, match="text.png can't be decoded. Expected a PNG"):
         Repairer([*paths, tmp_path / "text.png"], masks(6))
 
