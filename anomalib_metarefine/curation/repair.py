@@ -58,7 +58,7 @@ class Repaired(NamedTuple):
     Attributes:
         image (np.ndarray): ``[H x W]`` or ``[H x W x C]``, of the type that the file has.
         transplants (list[Transplant]): What was replaced.
-        left (int): Regions that stayed as they were: too large, or every other image is unusual there too.
+        left (int): Regions that stayed as they were: too large, or no other image of the kind is usual there.
     """
 
     image: np.ndarray
@@ -124,10 +124,10 @@ class Repairer:
             if donor is None:
                 left += 1
                 continue
-            pixels = read_pixels(self._paths[donor])
+            pixels = read_pixels(self._paths[donor]).astype(np.float32)
             if pixels.shape[:2] != image.shape[:2]:
                 pixels = cv2.resize(pixels, image.shape[1::-1], interpolation=cv2.INTER_AREA)
-            result = _fade_in(result, pixels.astype(np.float32), region, ring)
+            result = _fade_in(result, pixels, region, ring)
             transplants.append(Transplant(*_box(region, image.shape[:2]), self._paths[donor]))
         if np.issubdtype(image.dtype, np.integer):
             limits = np.iinfo(image.dtype)
@@ -230,5 +230,5 @@ def _box(region: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]
 def _thumbnail(image: np.ndarray, grid: tuple[int, int]) -> _Small:
     size = (_SAMPLES * grid[1], _SAMPLES * grid[0])
     channels = image.shape[2] if image.ndim == 3 else 1
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.float32)
+    small = cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_AREA)  # it knows no 32-bit integers
     return _Small(small.reshape(size[1], size[0], channels).mean(2), (channels, str(image.dtype)))

@@ -127,7 +127,7 @@ def test_regions_are_repaired_one_by_one(spoilt):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 1), (np.uint16, 200), (np.float32, 0.01)])
+@pytest.mark.parametrize(("dtype", "scale"), [(np.uint8, 1), (np.uint16, 200), (np.int32, 5000), (np.float32, 0.01)])
 def test_any_depth_and_channels(tmp_path, channels, dtype, scale):
     parts = [scene(level, seed=level) for level in (100, 60, 140)]
     parts[0][SPOT] = 5
