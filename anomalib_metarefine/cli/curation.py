@@ -112,6 +112,7 @@ def _review(options: argparse.Namespace) -> int:
         manifest.write(folder)
         print(f"{len(decisions)} decisions taken over, and remembered in {remembered}.")
         print(f"To bring the report up to date: metarefine report {options.manifest}")
+        print("To have the other images decided anew in their light: metarefine curate, into the same folder.")
     print(manifest.verdict)
     if not asks:
         return 0

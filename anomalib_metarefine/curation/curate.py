@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.curation.refine import Refinement
 
-_LEVEL = 0.9  # of the interval of the contamination
-_MOST_DOUBT = 0.35  # expected wrong decisions per expected dirty image, past which there is no visible split
 _REVIEW_PROBABILITY = 0.3  # kept images from which on a person should look
 _MOST_REVIEW = 0.1  # share of the images that a person is asked to look at
 _SHOWN = 500  # images with evidence at most
@@ -148,8 +146,9 @@ def curate(
         row_of = {str(source.paths[i]): i for i in gathered.readable}
         rows = [row_of[store.paths[i]] for i in fitter.order]
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
-        _, refinement = fitter.fit({place: decision == "keep" for place, decision in decided.items()})
-        posterior = estimate_contamination(np.array(refinement.scores), seed)
+        keeps = {place: decision == "keep" for place, decision in decided.items()}
+        _, refinement = fitter.fit(keeps)
+        posterior = estimate_contamination(np.array(refinement.scores), seed, keeps)
         seconds["refinement"] = time.perf_counter() - begin
         begin = time.perf_counter()
         table = _decide(fitter, refinement, posterior, decided)
@@ -171,7 +170,7 @@ def curate(
         "seed": seed,
         "settings": {"backbone": backbone, "image_size": list(gathered.image_size), "quality": quality, **vars(chosen)},
         "data": {"images": len(facts), "sha256": data_sha256(names, [fact.sha256 for fact in facts])},
-        "contamination": _contamination(posterior),
+        "contamination": posterior.summary(),
         "rounds": [
             {"number": number, "fence": r.fence if np.isfinite(r.fence) else None, "rejected": r.rejected}
             for number, r in enumerate(refinement.rounds, 1)
@@ -279,14 +278,3 @@ def _evidence(fitter: DensityFitter, table: pd.DataFrame) -> Evidence:
         (table.decision == "keep").to_numpy(),
         suspicious.index[:_SHOWN].to_numpy(copy=True),
     )
-
-
-def _contamination(posterior: Contamination) -> dict[str, float | bool]:
-    low, high = posterior.interval(_LEVEL)
-    return {
-        "estimate": posterior.estimate,
-        "low": low,
-        "high": high,
-        "level": _LEVEL,
-        "visible_split": posterior.doubt <= _MOST_DOUBT * posterior.estimate,
-    }

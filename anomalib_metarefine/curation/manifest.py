@@ -182,7 +182,9 @@ class Manifest:
         estimate = self.run.get("contamination")
         if estimate:
             low, high = (_percent(estimate[end]).removesuffix(" %") for end in ("low", "high"))
-            text += f" Estimated share of dirty images: {_percent(estimate['estimate'])} "
+            answers = estimate.get("answers", 0)
+            told = f", with your {answers} answer{'s' * (answers != 1)}" if answers else ""
+            text += f" Estimated share of dirty images{told}: {_percent(estimate['estimate'])} "
             text += f"({_percent(estimate['level'])} interval {low} to {high} %)."
             if not estimate.get("visible_split", True):
                 text += " The scores show no visible split between clean and dirty images."

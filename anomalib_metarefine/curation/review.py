@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from anomalib_metarefine.curation.contamination import estimate_contamination
 from anomalib_metarefine.curation.manifest import Manifest, write_text
 from anomalib_metarefine.curation.sources import read_table, some
 
@@ -145,7 +146,8 @@ def decide(manifest: Manifest, decisions: pd.DataFrame) -> Manifest:
         decisions (pd.DataFrame): As `read_decisions` gives them.
 
     Returns:
-        Manifest: With ``decision``, ``decided_by`` "user", ``reason`` and ``round`` of the decided images changed.
+        Manifest: With ``decision``, ``decided_by`` "user", ``reason``, ``round`` and ``dirty_probability`` of the
+            decided images changed, and the contamination estimated anew.
 
     Raises:
         ValueError: If a decision is about an image that is not in the manifest, if two contradict each other, or if an
@@ -167,7 +169,19 @@ def decide(manifest: Manifest, decisions: pd.DataFrame) -> Manifest:
     table.loc[new.index, "decision"] = new
     table.loc[new.index, "decided_by"] = "user"
     table.loc[new.index[new == "keep"], "round"] = 0
-    return Manifest(table, dict(manifest.run))
+    return _with_estimate(table, dict(manifest.run))
+
+
+def _with_estimate(table: pd.DataFrame, run: dict[str, Any]) -> Manifest:
+    """The manifest with the contamination that its scores and all of a person's decisions speak for."""
+    scored = table[table.score.notna()]
+    decided = scored.decided_by.eq("user").to_numpy()
+    if decided.any() and run.get("contamination"):
+        known = {int(place): scored.decision.iloc[place] == "keep" for place in decided.nonzero()[0]}
+        run["contamination"] = estimate_contamination(scored.score.to_numpy(), run.get("seed", 0), known).summary()
+        rows = scored.index[decided]
+        table.loc[rows, "dirty_probability"] = scored.decision[rows].eq("reject").astype(float)
+    return Manifest(table, run)
 
 
 def remember(folder: str | Path, manifest: Manifest, decisions: pd.DataFrame) -> Path:

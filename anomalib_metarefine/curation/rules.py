@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Integral
-from typing import Any, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _NORMAL_MAD = 1.4826  # median absolute deviation of a normal distribution, inverted
 _MEDCOUPLE_SCORES = 1000  # the exact medcouple takes memory of the order of their square
@@ -341,7 +344,7 @@ class PosteriorFence:
     The expectation is over the posterior of `estimate_contamination`: shape and share of the clean and of the dirty
     scores are unknown, and all that explain the scores count. Where clean and dirty overlap, the posterior is wide and
     few are rejected. An image must be more probably dirty than clean, besides. Breakdown point 50 %, by the prior. The
-    default.
+    default. Where a person has looked at some images, the posterior knows, and the fence may come down for the others.
 
     Args:
         level (float): Expected share of clean images among those rejected, in (0, 1).
@@ -355,15 +358,38 @@ class PosteriorFence:
     def __post_init__(self) -> None:
         _check(self, "level", 0 < self.level < 1, "a share in (0, 1)")
 
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
+    def fence(self, scores: np.ndarray, known: Mapping[int, bool] | None = None) -> float:
+        """See `Rule.fence`.
+
+        Args:
+            scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
+            known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject. The lower
+                fence, with them or without, is taken: an answer is about its own image first, and where answers are
+                few, the rest of the scores may be explained in ways that reject nothing.
+        """
+        fence = self._fence(scores, {})
+        return min(fence, self._fence(scores, known)) if known else fence
+
+    def _fence(self, scores: np.ndarray, known: Mapping[int, bool]) -> float:
         from anomalib_metarefine.curation.contamination import estimate_contamination
 
         order = np.argsort(scores, kind="stable")[::-1]
-        probability = estimate_contamination(scores).dirty_probability[order]
-        expected = (1 - probability).cumsum() / np.arange(1, len(scores) + 1)
-        rejected = np.flatnonzero((expected <= self.level) & (probability > 0.5))
+        probability = estimate_contamination(scores, known=known).dirty_probability[order]
+        undecided = ~np.isin(order, list(known))
+        expected = ((1 - probability) * undecided).cumsum() / undecided.cumsum().clip(1)
+        rejected = np.flatnonzero((expected <= self.level) & (probability > 0.5) & undecided)
         return _fence_below_highest(scores, rejected[-1] + 1) if len(rejected) else float("inf")
+
+
+class _Told(NamedTuple):
+    """The default rule, told what a person has decided."""
+
+    rule: PosteriorFence
+    known: Mapping[int, bool]
+
+    def fence(self, scores: np.ndarray) -> float:
+        """See `Rule.fence`."""
+        return self.rule.fence(scores, self.known)
 
 
 RULES: dict[str, type[Rule]] = {
@@ -380,12 +406,14 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
-def get_rule(spec: str) -> Rule:
+def get_rule(spec: str, known: Mapping[int, bool] | None = None) -> Rule:
     """The rule that a short text describes.
 
     Args:
         spec (str): A name of `RULES`, by itself or with settings: ``"iqr"``, ``"iqr:whisker=3"``,
             ``"fdr:level=0.05,tail=2"``. The first setting may go without its name: ``"share:0.1"``.
+        known (Mapping[int, bool] | None): Images, by their place in the scores, that a person has decided to keep
+            (true) or to reject: `PosteriorFence` learns from them, the others do not.
 
     Returns:
         Rule: The rule, with defaults for the settings that ``spec`` leaves out.
@@ -403,11 +431,12 @@ def get_rule(spec: str) -> Rule:
         raise ValueError(msg)
     settings = fields(RULES[name])
     try:
-        return RULES[name](**_parse_settings(text.split(",") if colon else [], settings, get_type_hints(RULES[name])))
+        rule = RULES[name](**_parse_settings(text.split(",") if colon else [], settings, get_type_hints(RULES[name])))
     except ValueError as error:
         known = ", ".join(f"{s.name}{'' if s.default is MISSING else f'={s.default}'}" for s in settings)
         msg = f"Can't use {spec!r} as a rejection rule: {error} Settings of {name!r}, with defaults: {known or 'none'}."
         raise ValueError(msg) from error
+    return _Told(rule, known) if known and isinstance(rule, PosteriorFence) else rule
 
 
 def _parse_settings(items: list[str], settings: tuple[Field, ...], types: dict[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class DensityFitter:
             self.log({f"refine/{key}": value for key, value in figures.items()}, number)
 
         paths = [self.store.paths[i] for i in self.order]
-        refinement = refine(score, paths, get_rule(self.settings.rule), self.settings.rounds, report, known)
+        refinement = refine(score, paths, get_rule(self.settings.rule, known), self.settings.rounds, report, known)
         if self.neighbours is not None:
             self._leave_out_patches(known)
             self.density = self.fit_kept(self.kept, initial)

@@ -36,6 +36,18 @@ def test_finds_the_dirty_images_and_goes_on_where_it_stopped(many_parts, tmp_pat
     assert rows.rejected.tolist()[2:] == [4, 4]
 
 
+def test_a_person_who_looks_corrects_the_estimate(many_parts, tmp_path):
+    out = tmp_path / "detection.csv"
+    arguments = ["--data", f"{many_parts}@96x96:40:parts", "--seeds", "0", "--contamination", "0.1"]
+    # A rule that rejects two of the four leaves the other two to the person.
+    assert main([*arguments, "--out", str(out), "--rules", "count:2", "--looks", "0", "4"]) == 0
+    alone, told = pd.read_csv(out).to_dict("records")
+    assert (alone["looks"], alone["asked_dirty"], alone["recall"]) == (0, 0, 0.5)
+    assert (told["looks"], told["asked_dirty"]) == (4, 2)
+    assert told["recall"] > alone["recall"]
+    assert told["high"] - told["low"] < alone["high"] - alone["low"]
+
+
 def test_says_what_cannot_be_had(parts, tmp_path, capsys):
     out = tmp_path / "detection.csv"
     assert main(["--out", str(out), "--data", f"{parts}:24:parts", "--contamination", "0.5", "--seeds", "0"]) == 0
@@ -44,11 +56,19 @@ def test_says_what_cannot_be_had(parts, tmp_path, capsys):
 
 
 def test_summary():
-    row = {"data": "a", "contamination": 0.1, "score": "neighbours", "rule": "auto", "images": 100, "dirty": 10}
+    row = {
+        "data": "a",
+        "contamination": 0.1,
+        "score": "neighbours",
+        "rule": "auto",
+        "looks": 0,
+        "images": 100,
+        "dirty": 10,
+    }
     first = row | {"seed": 0, "rejected": 8, "precision": 1.0, "recall": 0.8, "last_AUROC": 0.9}
     second = row | {"seed": 1, "rejected": 0, "precision": math.nan, "recall": 0.0, "last_AUROC": 0.7}
     estimate = {"estimate": 0.1, "low": 0.05, "high": 0.2}
     text = summarise(pd.DataFrame([first | estimate, second | estimate | {"low": 0.15}]))
-    assert "| a | neighbours | `auto` | 10% | 4.0 (8, 0) | 1.00 | 0.400 ± 0.566 | 0.800 ± 0.141 |" in text
+    assert "| a | neighbours | `auto` | 0 | 10% | 4.0 (8, 0) | 1.00 | 0.400 ± 0.566 | 0.800 ± 0.141 |" in text
     assert "1 of 2 |" in text
-    assert "held the truth in 50% of the training sets" in text
+    assert "`auto`, 0 looks: the 90 % interval held the truth in 50% of the training sets" in text

@@ -4,7 +4,7 @@ from scipy.stats import exponnorm
 
 from anomalib_metarefine.curation import contamination
 from anomalib_metarefine.curation.contamination import estimate_contamination
-from anomalib_metarefine.curation.rules import PosteriorFence
+from anomalib_metarefine.curation.rules import PosteriorFence, get_rule
 
 
 def mixture(dirty: int, clean: int = 300, shift: float = 7.0, seed: int = 0) -> np.ndarray:
@@ -95,3 +95,100 @@ def test_the_fence_keeps_to_its_level(level):
         wrong, rejected = wrong + outside[:300].sum(), rejected + outside.sum()
     assert rejected > 100
     assert wrong / rejected < 1.5 * level
+
+
+class TestAnswers:
+    """What a person said about some of the images."""
+
+    @pytest.fixture(autouse=True)
+    def _short_chains(self, monkeypatch):
+        monkeypatch.setattr(contamination, "_STEPS", 300)
+        monkeypatch.setattr(contamination, "_WARM_UP", 150)
+        monkeypatch.setattr(contamination, "_THINNING", 5)
+
+    @staticmethod
+    def overlapping(dirty: int = 120, count: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Scores without a visible split, in random order, and which are dirty."""
+        rng = np.random.default_rng(seed)
+        truth = np.arange(count) < dirty
+        rng.shuffle(truth)
+        return rng.exponential(1, count) + rng.normal(0, 0.5, count) + 1.5 * truth, truth
+
+    @staticmethod
+    def asked(truth: np.ndarray, places: np.ndarray) -> dict[int, bool]:
+        return {int(place): not truth[place] for place in places}
+
+    def test_tell_how_dirty_a_set_is_where_scores_do_not(self):
+        covered = []
+        for seed in range(3):
+            scores, truth = self.overlapping(seed=seed)
+            alone = estimate_contamination(scores)
+            told = estimate_contamination(scores, known=self.asked(truth, np.argsort(scores)[::-1][:30]))
+            assert alone.estimate < 0.1
+            assert told.estimate > 0.2
+            covered.append(told.interval()[0] <= 0.4 <= told.interval()[1])
+        assert sum(covered) >= 2
+
+    def test_that_all_is_clean_rule_out_a_dirty_set(self):
+        scores = mixture(15)  # some that stand apart
+        told = estimate_contamination(scores, known=dict.fromkeys(np.argsort(scores)[::-1][:30].tolist(), True))
+        assert told.interval()[1] < 0.05
+        assert estimate_contamination(scores).interval()[1] > 0.1
+
+    def test_tell_how_many_hide_among_the_usual(self):
+        scores = mixture(30)
+        truth = np.arange(330) >= 300
+        usual = np.random.default_rng(0).permutation(300)[:60]
+        none_hide = estimate_contamination(scores, known=self.asked(truth, usual)).interval()
+        truth[usual[:20]] = True
+        some_hide = estimate_contamination(scores, known=self.asked(truth, usual)).interval()
+        assert none_hide[1] < 0.2 < some_hide[0]
+
+    def test_on_all_images_leave_nothing_to_estimate(self):
+        scores, truth = self.overlapping(dirty=45)
+        told = estimate_contamination(scores, known=self.asked(truth, np.arange(300)))
+        np.testing.assert_allclose(told.shares, 0.15)
+        np.testing.assert_array_equal(told.dirty_probability, truth)
+
+    def test_hold_even_against_the_score_and_one_slip_changes_little(self):
+        scores = mixture(30)
+        lowest, highest = int(scores.argmin()), int(scores.argmax())
+        told = estimate_contamination(scores, known={lowest: False, highest: True})
+        assert told.dirty_probability[[lowest, highest]].tolist() == [1, 0]
+        assert (told.dirty_probability[300:] > 0.8).mean() > 0.9
+        assert (told.dirty_probability[:300] > 0.5).mean() < 0.03
+
+    def test_bound_the_share_and_order_does_not_matter(self):
+        scores, truth = self.overlapping()
+        known = self.asked(truth, np.arange(100))
+        found = estimate_contamination(scores, known=known)
+        assert found.shares.min() >= truth[:100].sum() / 300
+        assert found.shares.max() <= 1 - (~truth[:100]).sum() / 300
+        assert found.summary()["answers"] == 100
+        turned = estimate_contamination(scores, known=dict(reversed(known.items())))
+        np.testing.assert_array_equal(turned.shares, found.shares)
+
+    def test_count_where_there_is_too_little_to_tell(self):
+        told = estimate_contamination(np.arange(8.0), known={0: True, 1: True, 6: False, 7: False})
+        assert told.interval() == pytest.approx((0.25, 0.5), abs=0.02)
+        assert told.dirty_probability[[0, 1, 6, 7]].tolist() == [0, 0, 1, 1]
+
+    def test_bring_the_fence_down_for_the_others(self):
+        scores, truth = self.overlapping()
+        places = np.argsort(scores)[::-1][:60:2]
+        known = dict.fromkeys(places.tolist(), False)  # all dirty
+        told, alone = get_rule("auto", known).fence(scores), get_rule("auto").fence(scores)
+        others = np.setdiff1d(np.flatnonzero(scores > told), places)
+        assert told < alone
+        assert len(others) > 10
+        assert truth[others].mean() > 0.7
+        assert get_rule("share:0.1", known) == get_rule("share:0.1")  # which does not learn
+
+    def test_never_raise_the_fence(self):
+        scores = mixture(30)
+        alone = get_rule("auto").fence(scores)
+        assert alone < 6
+        for known in (dict.fromkeys(range(300, 315), True), {int(scores.argmin()): False}):
+            assert get_rule("auto", known).fence(scores) <= alone
+        everything = dict.fromkeys(range(330), True)
+        assert get_rule("auto", everything).fence(scores) == alone

@@ -70,7 +70,9 @@ def test_decisions_of_a_person_hold_and_are_remembered(dirty, tmp_path):
     wrong, missed = sorted(bad(first.manifest))[0], first.manifest.table.image_path[0]
     table = pd.DataFrame({"image_path": [wrong, missed], "decision": ["keep", "reject"]})
     table.to_csv(tmp_path / "d.csv", index=False)
-    second = curate(dirty, decisions=tmp_path / "d.csv", **SMALL).manifest.table.set_index("image_path")
+    manifest = curate(dirty, decisions=tmp_path / "d.csv", **SMALL).manifest
+    assert (first.manifest.run["contamination"]["answers"], manifest.run["contamination"]["answers"]) == (0, 2)
+    second = manifest.table.set_index("image_path")
     assert second.decision[[wrong, missed]].tolist() == ["keep", "reject"]
     assert second.decided_by[[wrong, missed]].tolist() == ["user", "user"]
     assert second.dirty_probability[[wrong, missed]].tolist() == [0, 1]

@@ -178,6 +178,8 @@ def test_verdict(manifest):
         "The scores show no visible split between clean and dirty images."
     )
     assert manifest.verdict in repr(manifest)
+    manifest.run["contamination"]["answers"] = 1
+    assert "share of dirty images, with your 1 answer: 8 %" in manifest.verdict
 
 
 def test_verify_reads_the_bytes(manifest, files):
