@@ -65,7 +65,8 @@ class Backbone(nn.Module):
         self.layers = [available[i] for i in indices]
         self.channels = [info.channels()[i] for i in indices]
         self.net = _create(name, pre_trained=pre_trained, features_only=True, out_indices=indices)
-        self.net.requires_grad_(False).eval()
+        # Channels last makes convolutions on a CPU take little more than half the time; the images' own layout follows.
+        self.net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> Backbone:  # noqa: ARG002
         """Stay in evaluation mode: a frozen backbone keeps its normalisation statistics."""
