@@ -128,8 +128,8 @@ def estimate_contamination(scores: np.ndarray, seed: int = 0, known: Mapping[int
             (true) or to reject.
 
     Returns:
-        Contamination: With fewer than ten scores, or without any spread: somewhere between 0 and one half, of the
-            images that nobody decided on. The probability of the others is 0 or 1.
+        Contamination: With fewer than ten scores, or without any spread, somewhere between 0 and one half of the images
+            that nobody decided on. An image that somebody decided on has probability 0 or 1.
     """
     known = known or {}
     places = np.fromiter(known, int, len(known))
@@ -153,22 +153,23 @@ def _posterior(u: np.ndarray, places: np.ndarray, dirty: np.ndarray, seed: int) 
     answers = _Answers(u[by_score], above[by_score], np.isin(by_score, places[dirty]))
     chain = _draw(ordered[evenly_spaced(len(u), _MOST_SCORES)], answers, seed)
     generator = np.random.default_rng(seed)
-    pair = _draw_pair(chain, answers, generator)
+    pair = _draw_pair(chain, answers, generator)[:, None] if len(places) else None
     undecided = np.ones(len(u), dtype=bool)
     undecided[places] = False
     probability, count = np.zeros(len(u)), np.full(len(chain), float(dirty.sum()))
     for part in np.array_split(np.arange(len(u)), max(1, len(u) // _MOST_SCORES)):
         clean, visible = _log_densities(chain, u[None, part])
         each = expit(visible - clean)
-        if len(places):
-            hidden, thinning_out = _HIDDEN[pair, None], _THINNING_OUT[pair, None]
-            each += (1 - each) * _dirty_though_it_looks_clean(chain[:, [_SHARE]], hidden, thinning_out, above[part])
-            count += each[:, undecided[part]].sum(1)
+        if pair is not None:
+            each += (1 - each) * _dirty_though_it_looks_clean(
+                chain[:, [_SHARE]], _HIDDEN[pair], _THINNING_OUT[pair], above[part]
+            )
         probability[part] = each.mean(0)
+        count += each[:, undecided[part]].sum(1)
     # A tail that falls faster than that of the odd clean images would make the farthest look cleaner: not so.
     order = np.argsort(u, kind="stable")
     probability[order] = np.maximum.accumulate(probability[order])
-    if len(places):
+    if pair is not None:
         return count / len(u), probability
     # The visible share says nothing about the dirty images that look like clean ones: that is the prior's.
     hidden = generator.uniform(0, _MOST_HIDDEN, len(chain))

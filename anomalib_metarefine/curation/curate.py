@@ -205,7 +205,7 @@ def _decide(
 ) -> pd.DataFrame:
     """One row per scored image, in the fitter's order, without its names."""
     count = len(refinement.paths)
-    probability = posterior.dirty_probability.copy()
+    probability = posterior.dirty_probability
     uncertainty = fitter.uncertainty()
     distance = np.full(count, np.nan)
     if refinement.rounds and np.isfinite(refinement.rounds[-1].fence):
@@ -221,7 +221,7 @@ def _decide(
     decision[by_doubt[:most]] = "review"
     by = np.full(count, "rule", dtype=object)
     for place, answer in decided.items():
-        decision[place], by[place], probability[place] = answer, "user", float(answer == "reject")
+        decision[place], by[place] = answer, "user"
     since = _rejected_since(refinement)
     scores = np.array(refinement.scores)
     table = pd.DataFrame({

@@ -26,8 +26,14 @@ def test_offline_weights_are_those_of_the_package():
     maps = Backbone()(torch.zeros(1, 3, 64, 64))
     full = timm.create_model(OFFLINE_BACKBONE, pretrained=False, features_only=True, out_indices=(2, 3)).eval()
     full.load_state_dict({k: offline_state_dict()[k] for k in full.state_dict()})
+    full.to(memory_format=torch.channels_last)  # another layout, another order of summation
     for ours, theirs in zip(maps, full(torch.zeros(1, 3, 64, 64)), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_channels_are_last_in_memory_all_the_way():
+    for features in Backbone()(torch.zeros(2, 3, 64, 96)):
+        assert features.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_offline_weights_serve_other_models_of_anomalib():
