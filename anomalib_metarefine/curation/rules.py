@@ -26,6 +26,7 @@ _MIXTURE_FEWEST = 10  # scores; the five parameters of two components are not to
 _MIXTURE_LIMITS = (-4.0, 12.0)  # lower-side spreads: beyond, how far out a score lies must not shape a component
 _MIXTURE_VARIANCE = 0.01  # squared spreads: no component narrower than a tenth of one, so that small ties are none
 _MIXTURE_STARTS = (0.5, 0.25, 0.1, 0.05)  # share of the scores that the upper component starts from
+_FEWEST_ANSWERS = 20  # of a person, for a fence: what was measured
 
 
 class Rule(Protocol):
@@ -363,12 +364,12 @@ class PosteriorFence:
 
         Args:
             scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
-            known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject. The lower
-                fence, with them or without, is taken: an answer is about its own image first, and where answers are
-                few, the rest of the scores may be explained in ways that reject nothing.
+            known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject. From 20 on
+                the lower fence, with them or without, is taken: an answer is about its own image first, a few say
+                little about the others, and those near the fence may be explained in ways that reject nothing.
         """
         fence = self._fence(scores, {})
-        return min(fence, self._fence(scores, known)) if known else fence
+        return min(fence, self._fence(scores, known)) if len(known or ()) >= _FEWEST_ANSWERS else fence
 
     def _fence(self, scores: np.ndarray, known: Mapping[int, bool]) -> float:
         from anomalib_metarefine.curation.contamination import estimate_contamination

@@ -158,6 +158,12 @@ class TestAnswers:
         assert (told.dirty_probability[300:] > 0.8).mean() > 0.9
         assert (told.dirty_probability[:300] > 0.5).mean() < 0.03
 
+    def test_are_forgiven_a_slip(self):
+        scores = mixture(30)
+        lowest = np.argsort(scores)[:10].tolist()
+        slip = estimate_contamination(scores, known=dict.fromkeys(lowest, True) | {lowest[0]: False})
+        assert slip.estimate < 0.18  # taken at its word, one of ten would make it 0.2
+
     def test_bound_the_share_and_order_does_not_matter(self):
         scores, truth = self.overlapping()
         known = self.asked(truth, np.arange(100))
@@ -182,7 +188,22 @@ class TestAnswers:
         assert told < alone
         assert len(others) > 10
         assert truth[others].mean() > 0.7
+        # What the rule promises holds for the others alone: the answers buy no credit.
+        probability = estimate_contamination(scores, known=known).dirty_probability[others]
+        assert (1 - probability).mean() <= 0.15
+        assert probability.min() > 0.5
         assert get_rule("share:0.1", known) == get_rule("share:0.1")  # which does not learn
+
+    def test_on_one_image_do_not_reject_those_above_it(self):
+        scores = mixture(60, shift=9)
+        fifth, *next_ones = np.argsort(scores)[::-1][64:84].tolist()  # of the clean ones
+        known = {fifth: False, **dict.fromkeys(next_ones, True)}
+        assert 55 <= (scores > get_rule("auto", known).fence(scores)).sum() <= 60
+
+    def test_of_fewer_than_twenty_images_leave_the_fence(self):
+        scores, _ = self.overlapping()
+        known = dict.fromkeys(np.argsort(scores)[::-1][:19].tolist(), False)
+        assert get_rule("auto", known).fence(scores) == get_rule("auto").fence(scores)
 
     def test_never_raise_the_fence(self):
         scores = mixture(30)

@@ -3,9 +3,11 @@ import torch
 from rich.progress import Progress
 
 from anomalib_metarefine.curation import patches
+from anomalib_metarefine.curation.rules import get_rule
 from anomalib_metarefine.density.flow import bits_per_dimension
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.meta.episodes import PatchBatch
+from anomalib_metarefine.model import fitting
 from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, flow_loss, new_flow, trainable
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")
@@ -62,6 +64,13 @@ def test_what_a_person_rejects_does_not_count_as_standing_apart(store):
     assert refinement.kept == [False] + [True] * 39
     assert not any(fitter.learned[5 * image, 6 + image] for image in range(1, 4))
     assert fitter.learned[0].all()  # of an image that is not learned from anyway
+
+
+def test_the_rule_is_told_what_a_person_decided(store, monkeypatch):
+    told = []
+    monkeypatch.setattr(fitting, "get_rule", lambda spec, known=None: told.append(known) or get_rule(spec))
+    fitted(store, {0: False, 39: True})
+    assert told == [{0: False, 39: True}]
 
 
 def test_parts_that_lie_anywhere_are_learned_whole():
