@@ -434,8 +434,10 @@ def get_rule(spec: str, known: Mapping[int, bool] | None = None) -> Rule:
     try:
         rule = RULES[name](**_parse_settings(text.split(",") if colon else [], settings, get_type_hints(RULES[name])))
     except ValueError as error:
-        known = ", ".join(f"{s.name}{'' if s.default is MISSING else f'={s.default}'}" for s in settings)
-        msg = f"Can't use {spec!r} as a rejection rule: {error} Settings of {name!r}, with defaults: {known or 'none'}."
+        choices = ", ".join(f"{s.name}{'' if s.default is MISSING else f'={s.default}'}" for s in settings)
+        msg = (
+            f"Can't use {spec!r} as a rejection rule: {error} Settings of {name!r}, with defaults: {choices or 'none'}."
+        )
         raise ValueError(msg) from error
     return _Told(rule, known) if known and isinstance(rule, PosteriorFence) else rule
 
