@@ -59,7 +59,7 @@ OTHERS = "MAML over other data sets"
 _FULL = "full training on what is kept"
 REFINEMENTS: dict[str, dict[str, Any]] = {
     "none": {"rounds": 0},
-    "neighbours": {},
+    "neighbours": {"likeness_weight": 0.0},
     "likelihood": {"likelihood_weight": 1.0, "neighbour_weight": 0.0, "rule": "iqr"},  # the paper's
 }
 _CHUNK = 64  # test images at a time
@@ -199,7 +199,7 @@ class _Training:
     @cached_property
     def refined(self) -> DensityFitter:
         """After refinement by neighbours, which has nothing to do with the initialisation."""
-        fitter = self.fitter({"meta_steps": 0}, self.whitening)
+        fitter = self.fitter(REFINEMENTS["neighbours"] | {"meta_steps": 0}, self.whitening)
         fitter.fit()
         return fitter
 

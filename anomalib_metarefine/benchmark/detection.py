@@ -35,8 +35,13 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.features.store import FeatureStore
 
-# Weights of likelihood and neighbours in the score.
-SCORES = {"neighbours": (0.0, 1.0), "likelihood": (1.0, 0.0), "both": (1.0, 1.0)}
+# Weights of likelihood, neighbours and likeness in the score.
+SCORES = {
+    "likeness": (0.0, 1.0, 0.5),
+    "neighbours": (0.0, 1.0, 0.0),
+    "likelihood": (1.0, 0.0, 0.0),
+    "both": (1.0, 1.0, 0.0),
+}
 KEY = ["data", "contamination", "seed", "score", "rule", "looks"]
 
 
@@ -129,8 +134,8 @@ def _curate(
     looks: int,
 ) -> dict[str, object]:
     store = features.of(paths)
-    likelihood, neighbours = SCORES[score]
-    settings = dataclasses.replace(FitSettings(), rule=rule, likelihood_weight=likelihood, neighbour_weight=neighbours)
+    weights = zip(("likelihood_weight", "neighbour_weight", "likeness_weight"), SCORES[score], strict=True)
+    settings = dataclasses.replace(FitSettings(), rule=rule, **dict(weights))
     flow = new_flow(store.shape[1], settings, seed)
     dirty = np.isin(sorted(paths), list(injected))
     begin = time.perf_counter()
@@ -228,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", default=[], metavar="WHERE[@HxW][:IMAGES][:NAME]", help="data sets")
     parser.add_argument("--contamination", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scores", nargs="+", choices=SCORES, default=["neighbours"])
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=["likeness"])
     parser.add_argument("--rules", nargs="+", default=["auto"])
     parser.add_argument("--looks", type=int, nargs="+", default=[0], metavar="K", help="images that a person looks at")
     parser.add_argument("--summary", action="store_true", help="print the table as Markdown")

@@ -366,10 +366,18 @@ class PosteriorFence:
             scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
             known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject. From 20 on
                 the lower fence, with them or without, is taken: an answer is about its own image first, a few say
-                little about the others, and those near the fence may be explained in ways that reject nothing.
+                little about the others, and those near the fence may be explained in ways that reject nothing. Where
+                answers prove the fence without them wrong, more than ``level`` of the images past it being clean by
+                the person's own word, it does not count.
         """
+        known = known or {}
         fence = self._fence(scores, {})
-        return min(fence, self._fence(scores, known)) if len(known or ()) >= _FEWEST_ANSWERS else fence
+        if len(known) < _FEWEST_ANSWERS:
+            return fence
+        told = self._fence(scores, known)
+        past = scores > fence
+        clean = sum(keep and past[image] for image, keep in known.items())
+        return told if clean > self.level * past.sum() else min(fence, told)
 
     def _fence(self, scores: np.ndarray, known: Mapping[int, bool]) -> float:
         from anomalib_metarefine.curation.contamination import estimate_contamination

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.func import functional_call
 from torch.nn import functional
 
+from anomalib_metarefine.curation.likeness import FEWEST_IMAGES, deviations, likeness, reordered
 from anomalib_metarefine.curation.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
 from anomalib_metarefine.curation.rules import get_rule
@@ -57,6 +58,7 @@ class FitSettings(MetaSettings):
     adaptation_steps: int = 10
     likelihood_weight: float = 0.0
     neighbour_weight: float = 1.0
+    likeness_weight: float = 0.5
     rule: str = "auto"
     rounds: int = 4
     patch_fence: float = 2.5
@@ -139,7 +141,7 @@ class DensityFitter:
             ways = {"likelihood": self.likelihood_scores, "neighbours": self.neighbour_scores}
             self.parts = {name: ways[name]() for name in weights}
             scores, self.units = hybrid(self.parts, weights, kept)
-            return scores
+            return self._by_likeness(scores, known)
 
         def report(number: int, outcome: Round) -> None:
             share = outcome.rejected / len(outcome.scores)
@@ -253,6 +255,16 @@ class DensityFitter:
         """Mean distance of the most distant patches to their like in support sets of kept images, ``[N]``."""
         self.episodes = self.neighbours.episodic(self.kept)
         return image_score(self.episodes[0], _NEIGHBOUR_TAIL).double().numpy()
+
+    def _by_likeness(self, scores: np.ndarray, known: Mapping[int, bool] | None) -> np.ndarray:
+        """The scores ``[N]`` in an order that says, too, what images are unusual in the same way as suspicious ones."""
+        weight = self.settings.likeness_weight
+        if weight == 0 or self.neighbours is None or len(scores) < FEWEST_IMAGES:
+            return scores
+        unusual = deviations(self.whitened(np.arange(len(scores))), self.episodes[0], self.kept)
+        self.parts["likeness"], trust = likeness(unusual, scores, known)
+        both = {"score": scores, "likeness": self.parts["likeness"]}
+        return reordered(scores, hybrid(both, {"score": 1.0, "likeness": weight * trust}, self.kept)[0])
 
     def uncertainty(self) -> np.ndarray:
         """Standard deviation of the final scores over support sets, ``[N]``; zero where images were not compared."""

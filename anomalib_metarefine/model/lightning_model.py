@@ -89,6 +89,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         likelihood_weight (float): Weight of the likelihood in the score that refinement rejects by. Above 0, every
             round fits the density anew, from the meta-learned initialisation, as in the paper.
         neighbour_weight (float): Weight of the distance to the nearest other images in that score.
+        likeness_weight (float): How much the order of the images also depends on whether what is unusual about them is
+            what is unusual about other suspicious images (`curation.likeness`); 0 leaves it to the score. Needs 20
+            images and ``neighbour_weight`` above 0.
         rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
             contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
         rounds (int): Rounds of refinement at most; 0 trains on everything.
@@ -141,6 +144,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         batch_patches: int = 1024,
         likelihood_weight: float = 0.0,
         neighbour_weight: float = 1.0,
+        likeness_weight: float = 0.5,
         rule: str = "auto",
         rounds: int = 4,
         patch_fence: float = 2.5,
@@ -155,7 +159,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         _check("trim", trim, 0 <= trim < 1, "a number in [0, 1)")
         for name, value in [
             ("likelihood_weight", likelihood_weight), ("neighbour_weight", neighbour_weight),
-            ("patch_fence", patch_fence), ("ranking", ranking),
+            ("likeness_weight", likeness_weight), ("patch_fence", patch_fence), ("ranking", ranking),
         ]:  # fmt: skip
             _check(name, value, value >= 0, "a number of at least 0")
         _check(
@@ -200,6 +204,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             batch_patches=batch_patches,
             likelihood_weight=likelihood_weight,
             neighbour_weight=neighbour_weight,
+            likeness_weight=likeness_weight,
             rule=rule,
             rounds=rounds,
             patch_fence=patch_fence,

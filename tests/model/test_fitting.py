@@ -54,6 +54,25 @@ def test_all_patches_are_learned_where_images_are_rejected_or_the_fence_is_off(s
     assert fitted(store, rounds=0)[0].learned.all()
 
 
+def test_likeness_changes_the_order_of_the_scores_only(store, monkeypatch):
+    alone, by_score = fitted(store, likeness_weight=0.0, rounds=1, rule="share:0")
+    _, by_both = fitted(store, rounds=1, rule="share:0")
+    assert "likeness" not in alone.parts
+    assert len(by_both.parts["likeness"]) == 40
+    assert by_both.scores != by_score.scores
+    assert sorted(by_both.scores) == pytest.approx(sorted(by_score.scores))
+    monkeypatch.setattr(fitting, "FEWEST_IMAGES", 41)
+    few, unchanged = fitted(store, rounds=1, rule="share:0")
+    assert "likeness" not in few.parts
+    assert unchanged.scores == by_score.scores
+
+
+def test_answers_teach_likeness(store):
+    _, asked = fitted(store, rounds=1, rule="share:0")
+    _, told = fitted(store, {0: False, 39: True}, rounds=1, rule="share:0")
+    assert asked.parts["likeness"] != told.parts["likeness"]
+
+
 def test_few_images_are_learned_whole(store, monkeypatch):
     monkeypatch.setattr(patches, "FEWEST_IMAGES", 41)
     assert fitted(store, rule="share:0")[0].learned.all()
