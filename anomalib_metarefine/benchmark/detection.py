@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Weights of likelihood, neighbours and likeness in the score.
 SCORES = {
-    "likeness": (0.0, 1.0, 0.5),
+    "likeness": (0.0, 1.0, FitSettings.likeness_weight),
     "neighbours": (0.0, 1.0, 0.0),
     "likelihood": (1.0, 0.0, 0.0),
     "both": (1.0, 1.0, 0.0),

@@ -3,7 +3,7 @@
 A score of how unusual an image is knows nothing of *how* it is unusual. Scratches, broken fingers, stains come more
 than once in a dirty set; odd but clean images are odd in ways of their own. So a linear model learns to tell the most
 suspicious images of a set by the direction in which they deviate, and says of every image how suspicious it looks *from
-what the others teach*: an image never has a part in its own verdict, or odd images would confirm themselves.
+what the others teach*: no image is among its own teachers, or odd images would confirm themselves.
 
 The verdict changes the order of the images, not the distribution of their scores. That stays the one whose shape on
 clean images is known, which is what fences and the estimate of the contamination rest on (docs/results.md has what
