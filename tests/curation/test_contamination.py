@@ -216,3 +216,16 @@ class TestAnswers:
         few = elsewhere | dict.fromkeys(past[:3].tolist(), True)  # of 30: about what the rule promises
         assert get_rule("auto", few).fence(scores) <= alone
         assert get_rule("auto", elsewhere | dict.fromkeys(past.tolist(), True)).fence(scores) == np.inf
+
+    @pytest.mark.parametrize(
+        ("clean", "dirty", "fence"),
+        [(0, 20, 2.0), (3, 17, 2.0), (4, 16, 9.0), (4, 15, 2.0)],
+        ids=["all dirty", "as many clean as promised", "more", "more, of too few answers"],
+    )
+    def test_prove_a_fence_wrong_by_too_many_clean_ones_past_it(self, monkeypatch, clean, dirty, fence):
+        monkeypatch.setattr(PosteriorFence, "_fence", lambda _rule, _scores, known: 9.0 if known else 2.0)
+        scores = np.r_[np.zeros(80), np.full(20, 5.0)]  # three of 20 are the 15 % that the rule allows itself
+        known = dict.fromkeys(range(80, 80 + clean), True) | dict.fromkeys(range(80 + clean, 80 + clean + dirty), False)
+        assert PosteriorFence().fence(scores, known) == fence
+        below = dict.fromkeys(range(20), True)  # clean ones, but not past it
+        assert PosteriorFence().fence(scores, below) == 2

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
@@ -67,10 +68,21 @@ def test_likeness_changes_the_order_of_the_scores_only(store, monkeypatch):
     assert unchanged.scores == by_score.scores
 
 
-def test_answers_teach_likeness(store):
-    _, asked = fitted(store, rounds=1, rule="share:0")
-    _, told = fitted(store, {0: False, 39: True}, rounds=1, rule="share:0")
-    assert asked.parts["likeness"] != told.parts["likeness"]
+def test_likeness_counts_as_far_as_it_is_trusted_and_is_told_the_answers(store, monkeypatch):
+    plain = fitted(store, likeness_weight=0.0, rounds=1, rule="share:0")[1].scores
+    answers = []
+
+    def trusted(trust):
+        def likeness(_features, scores, known):
+            answers.append(known)
+            return np.arange(len(scores), dtype=float), trust
+
+        monkeypatch.setattr(fitting, "likeness", likeness)
+        return fitted(store, {3: True}, rounds=1, rule="share:0")[1].scores
+
+    assert trusted(0.0) == plain
+    assert trusted(1.0) != plain
+    assert all(known == {3: True} for known in answers)
 
 
 def test_few_images_are_learned_whole(store, monkeypatch):
