@@ -85,11 +85,11 @@ def likeness(
         suspicion[image] = not keep
     spread = features.std(0)
     x = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
-    inverse = np.linalg.inv(x.T @ x + _RIDGE * count * np.eye(x.shape[1]))
-    leverage = np.einsum("nd,de,ne->n", x, inverse, x)
+    smoother = np.linalg.solve(x.T @ x + _RIDGE * count * np.eye(x.shape[1]), x.T).T
+    leverage = (smoother * x).sum(1)
     # The mean is that of all: without its own share, an image would look the less suspicious the more it is.
     centred = suspicion - suspicion.mean()
-    others = (x @ (inverse @ (x.T @ centred)) - leverage * centred) / np.maximum(1 - leverage, 1e-6)
+    others = (smoother @ (x.T @ centred) - leverage * centred) / np.maximum(1 - leverage, 1e-6)
     return others, _explained(others, suspicion)
 
 
