@@ -146,7 +146,7 @@ def _curate(
         _, refinement = fitter.fit(known)
         scores = np.array(refinement.scores)
         rejected = ~np.array(refinement.kept)
-        estimate = estimate_contamination(scores, known=known)
+        estimate = estimate_contamination(scores, known=known, combined=fitter.parts.get("combined"))
         if not known:
             asked = np.lexsort((-scores, -estimate.dirty_probability, rejected))[:looks]
             known = {int(image): not dirty[image] for image in asked}

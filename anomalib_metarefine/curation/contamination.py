@@ -118,7 +118,9 @@ class _Answers(NamedTuple):
     dirty: np.ndarray
 
 
-def estimate_contamination(scores: np.ndarray, seed: int = 0, known: Mapping[int, bool] | None = None) -> Contamination:
+def estimate_contamination(
+    scores: np.ndarray, seed: int = 0, known: Mapping[int, bool] | None = None, combined: np.ndarray | None = None
+) -> Contamination:
     """Posterior of the contamination, invariant to order, shift and scale of the scores.
 
     Args:
@@ -126,11 +128,18 @@ def estimate_contamination(scores: np.ndarray, seed: int = 0, known: Mapping[int
         seed (int): Of the Markov chains.
         known (Mapping[int, bool] | None): Images, by their place in ``scores``, that a person has decided to keep
             (true) or to reject.
+        combined (np.ndarray | None): ``[N]``, the same images' scores on a second scale, e.g. with likeness added.
+            Which of the two a mixture describes better nobody knows, so each counts one half: the draws of both are
+            taken together. That an image is dirty may show on either, so its probability is the higher one.
 
     Returns:
         Contamination: With fewer than ten scores, or without any spread, somewhere between 0 and one half of the images
             that nobody decided on. An image that somebody decided on has probability 0 or 1.
     """
+    if combined is not None:
+        views = [estimate_contamination(view, seed, known) for view in (scores, combined)]
+        shares = np.concatenate([view.shares for view in views])
+        return Contamination(shares, np.maximum(*(view.dirty_probability for view in views)), views[0].answers)
     known = known or {}
     places = np.fromiter(known, int, len(known))
     dirty = ~np.fromiter(known.values(), bool, len(known))

@@ -148,7 +148,7 @@ def curate(
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
         keeps = {place: decision == "keep" for place, decision in decided.items()}
         _, refinement = fitter.fit(keeps)
-        posterior = estimate_contamination(np.array(refinement.scores), seed, keeps)
+        posterior = estimate_contamination(np.array(refinement.scores), seed, keeps, fitter.parts.get("combined"))
         seconds["refinement"] = time.perf_counter() - begin
         begin = time.perf_counter()
         table = _decide(fitter, refinement, posterior, decided)

@@ -5,9 +5,10 @@ than once in a dirty set; odd but clean images are odd in ways of their own. So 
 suspicious images of a set by the direction in which they deviate, and says of every image how suspicious it looks *from
 what the others teach*: no image is among its own teachers, or odd images would confirm themselves.
 
-The verdict changes the order of the images, not the distribution of their scores. That stays the one whose shape on
-clean images is known, which is what fences and the estimate of the contamination rest on (docs/results.md has what
-happened when it did not).
+The verdict changes the order of the images, not the distribution of their scores: that stays the one whose shape on
+clean images is known best, and every rule can rely on it. Score and verdict added up are a second scale of the same
+order, on which dirty images stand apart in some sets where they don't on the first, and the other way round. Rule
+`auto` and the estimate of the contamination look at both (docs/results.md says what either alone would do).
 
 References:
     - Blum and Mitchell, "Combining Labeled and Unlabeled Data with Co-Training", COLT 1998: two views of the same

@@ -10,9 +10,6 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from anomalib_metarefine.curation.rules import Rule
-
 _MIN_KEPT = 0.5  # past this share of rejected images "normal" would no longer mean the majority
 
 
@@ -80,7 +77,7 @@ class Refinement:
 def refine(
     score: Callable[[np.ndarray], np.ndarray],
     paths: list[str],
-    rule: Rule,
+    fence: Callable[[np.ndarray], float],
     max_rounds: int,
     on_round: Callable[[int, Round], None] | None = None,
     known: Mapping[int, bool] | None = None,
@@ -93,7 +90,8 @@ def refine(
     Args:
         score (Callable[[np.ndarray], np.ndarray]): Fits on the images of a mask ``[N]``, scores all, ``[N]``.
         paths (list[str]): Names of the ``N`` images.
-        rule (Rule): Sets the fence.
+        fence (Callable[[np.ndarray], float]): The score past which an image is rejected, see `Rule.fence`. It is asked
+            about the scores of every round right after they were made.
         max_rounds (int): Rounds at most; 0 scores the images and rejects none.
         on_round (Callable[[int, Round], None] | None): Called after each round, with its number from 1.
         known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject: neither fence
@@ -109,15 +107,15 @@ def refine(
     rounds: list[Round] = []
     stop_reason = "off" if max_rounds == 0 else "rounds"
     for number in range(1, max_rounds + 1):
-        fence = rule.fence(scores)
-        candidate = scores <= fence
+        limit = fence(scores)
+        candidate = scores <= limit
         fewest = max(1, int(np.ceil(_MIN_KEPT * count)))
         if candidate.sum() < fewest:
-            fence = float(np.sort(scores)[fewest - 1])
+            limit = float(np.sort(scores)[fewest - 1])
             candidate = np.zeros(count, dtype=bool)
             candidate[np.argsort(scores, kind="stable")[:fewest]] = True
         candidate = _with_known(candidate, known)
-        rounds.append(Round(fence, scores.tolist(), int(count - candidate.sum())))
+        rounds.append(Round(limit, scores.tolist(), int(count - candidate.sum())))
         if on_round:
             on_round(number, rounds[-1])
         if np.array_equal(candidate, kept):

@@ -178,7 +178,9 @@ def _with_estimate(table: pd.DataFrame, run: dict[str, Any]) -> Manifest:
     decided = scored.decided_by.eq("user").to_numpy()
     if decided.any() and run.get("contamination"):
         known = {int(place): scored.decision.iloc[place] == "keep" for place in decided.nonzero()[0]}
-        run["contamination"] = estimate_contamination(scored.score.to_numpy(), run.get("seed", 0), known).summary()
+        combined = scored.score_combined.to_numpy() if "score_combined" in scored else None
+        posterior = estimate_contamination(scored.score.to_numpy(), run.get("seed", 0), known, combined)
+        run["contamination"] = posterior.summary()
         rows = scored.index[decided]
         table.loc[rows, "dirty_probability"] = scored.decision[rows].eq("reject").astype(float)
     return Manifest(table, run)

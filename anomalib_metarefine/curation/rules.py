@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _NORMAL_MAD = 1.4826  # median absolute deviation of a normal distribution, inverted
 _MEDCOUPLE_SCORES = 1000  # the exact medcouple takes memory of the order of their square
@@ -359,7 +359,9 @@ class PosteriorFence:
     def __post_init__(self) -> None:
         _check(self, "level", 0 < self.level < 1, "a share in (0, 1)")
 
-    def fence(self, scores: np.ndarray, known: Mapping[int, bool] | None = None) -> float:
+    def fence(
+        self, scores: np.ndarray, known: Mapping[int, bool] | None = None, combined: np.ndarray | None = None
+    ) -> float:
         """See `Rule.fence`.
 
         Args:
@@ -369,17 +371,26 @@ class PosteriorFence:
                 little about the others, and those near the fence may be explained in ways that reject nothing. Where
                 answers prove the fence without them wrong, more than ``level`` of the images past it being clean by
                 the person's own word, it does not count.
+            combined (np.ndarray | None): ``[N]``, the same images' scores on a second scale, in the same order.
+                Dirty images may stand apart on one scale and not on the other: the lower of the
+                two fences is taken, each of which keeps to ``level``.
         """
         known = known or {}
-        fence = self._fence(scores, {})
+        scales = [scores] if combined is None else [scores, combined]
+        fence = self._fence(scales, {})
         if len(known) < _FEWEST_ANSWERS:
             return fence
-        told = self._fence(scores, known)
+        told = self._fence(scales, known)
         past = scores > fence
         clean = sum(keep and past[image] for image, keep in known.items())
         return told if clean > self.level * past.sum() else min(fence, told)
 
-    def _fence(self, scores: np.ndarray, known: Mapping[int, bool]) -> float:
+    def _fence(self, scales: Sequence[np.ndarray], known: Mapping[int, bool]) -> float:
+        past = max(self._past(scores, known) for scores in scales)
+        return _fence_below_highest(scales[0], past) if past else float("inf")
+
+    def _past(self, scores: np.ndarray, known: Mapping[int, bool]) -> int:
+        """How many of the images lie past the fence of these scores."""
         from anomalib_metarefine.curation.contamination import estimate_contamination
 
         order = np.argsort(scores, kind="stable")[::-1]
@@ -387,18 +398,7 @@ class PosteriorFence:
         undecided = ~np.isin(order, list(known))
         expected = ((1 - probability) * undecided).cumsum() / undecided.cumsum().clip(1)
         rejected = np.flatnonzero((expected <= self.level) & (probability > 0.5) & undecided)
-        return _fence_below_highest(scores, rejected[-1] + 1) if len(rejected) else float("inf")
-
-
-class _Told(NamedTuple):
-    """The default rule, told what a person has decided."""
-
-    rule: PosteriorFence
-    known: Mapping[int, bool]
-
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        return self.rule.fence(scores, self.known)
+        return int(rejected[-1]) + 1 if len(rejected) else 0
 
 
 RULES: dict[str, type[Rule]] = {
@@ -415,14 +415,12 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
-def get_rule(spec: str, known: Mapping[int, bool] | None = None) -> Rule:
+def get_rule(spec: str) -> Rule:
     """The rule that a short text describes.
 
     Args:
         spec (str): A name of `RULES`, by itself or with settings: ``"iqr"``, ``"iqr:whisker=3"``,
             ``"fdr:level=0.05,tail=2"``. The first setting may go without its name: ``"share:0.1"``.
-        known (Mapping[int, bool] | None): Images, by their place in the scores, that a person has decided to keep
-            (true) or to reject: `PosteriorFence` learns from them, the others do not.
 
     Returns:
         Rule: The rule, with defaults for the settings that ``spec`` leaves out.
@@ -440,14 +438,13 @@ def get_rule(spec: str, known: Mapping[int, bool] | None = None) -> Rule:
         raise ValueError(msg)
     settings = fields(RULES[name])
     try:
-        rule = RULES[name](**_parse_settings(text.split(",") if colon else [], settings, get_type_hints(RULES[name])))
+        return RULES[name](**_parse_settings(text.split(",") if colon else [], settings, get_type_hints(RULES[name])))
     except ValueError as error:
         choices = ", ".join(f"{s.name}{'' if s.default is MISSING else f'={s.default}'}" for s in settings)
         msg = (
             f"Can't use {spec!r} as a rejection rule: {error} Settings of {name!r}, with defaults: {choices or 'none'}."
         )
         raise ValueError(msg) from error
-    return _Told(rule, known) if known and isinstance(rule, PosteriorFence) else rule
 
 
 def _parse_settings(items: list[str], settings: tuple[Field, ...], types: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from anomalib_metarefine.curation.likeness import FEWEST_IMAGES, deviations, likeness, reordered
 from anomalib_metarefine.curation.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
-from anomalib_metarefine.curation.rules import get_rule
+from anomalib_metarefine.curation.rules import PosteriorFence, get_rule
 from anomalib_metarefine.curation.scores import hybrid
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
 from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
@@ -58,7 +58,7 @@ class FitSettings(MetaSettings):
     adaptation_steps: int = 10
     likelihood_weight: float = 0.0
     neighbour_weight: float = 1.0
-    likeness_weight: float = 0.5
+    likeness_weight: float = 0.25
     rule: str = "auto"
     rounds: int = 4
     patch_fence: float = 2.5
@@ -154,7 +154,14 @@ class DensityFitter:
             self.log({f"refine/{key}": value for key, value in figures.items()}, number)
 
         paths = [self.store.paths[i] for i in self.order]
-        refinement = refine(score, paths, get_rule(self.settings.rule, known), self.settings.rounds, report, known)
+        rule = get_rule(self.settings.rule)
+
+        def fence(scores: np.ndarray) -> float:
+            if isinstance(rule, PosteriorFence):
+                return rule.fence(scores, known, self.parts.get("combined"))
+            return rule.fence(scores)
+
+        refinement = refine(score, paths, fence, self.settings.rounds, report, known)
         if self.neighbours is not None:
             self._leave_out_patches(known)
             self.density = self.fit_kept(self.kept, initial)
@@ -257,14 +264,22 @@ class DensityFitter:
         return image_score(self.episodes[0], _NEIGHBOUR_TAIL).double().numpy()
 
     def _by_likeness(self, scores: np.ndarray, known: Mapping[int, bool] | None) -> np.ndarray:
-        """The scores ``[N]`` in an order that says, too, what images are unusual in the same way as suspicious ones."""
+        """The scores ``[N]`` in an order that says, too, what images are unusual in the same way as suspicious ones.
+
+        That order comes from score and likeness added up. They are a second scale, ``self.parts["combined"]``, where
+        likeness explains at least half: with less (`screw`) it would be the first one and noise, and a second chance
+        for a fence to err.
+        """
         weight = self.settings.likeness_weight
         if weight == 0 or self.neighbours is None or len(scores) < FEWEST_IMAGES:
             return scores
         unusual = deviations(self.whitened(np.arange(len(scores))), self.episodes[0], self.kept)
         self.parts["likeness"], trust = likeness(unusual, scores, known)
         both = {"score": scores, "likeness": self.parts["likeness"]}
-        return reordered(scores, hybrid(both, {"score": 1.0, "likeness": weight * trust}, self.kept)[0])
+        combined, _ = hybrid(both, {"score": 1.0, "likeness": weight * trust}, self.kept)
+        if trust == 1:
+            self.parts["combined"] = combined
+        return reordered(scores, combined)
 
     def uncertainty(self) -> np.ndarray:
         """Standard deviation of the final scores over support sets, ``[N]``; zero where images were not compared."""

@@ -89,9 +89,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         likelihood_weight (float): Weight of the likelihood in the score that refinement rejects by. Above 0, every
             round fits the density anew, from the meta-learned initialisation, as in the paper.
         neighbour_weight (float): Weight of the distance to the nearest other images in that score.
-        likeness_weight (float): How much the order of the images also depends on whether what is unusual about them is
-            what is unusual about other suspicious images (`curation.likeness`); 0 leaves it to the score. Needs 20
-            images and ``neighbour_weight`` above 0.
+        likeness_weight (float): How much it also counts whether what is unusual about an image is what is unusual about
+            other suspicious images (`curation.likeness`); 0 leaves it to the score. Needs 20 images and
+            ``neighbour_weight`` above 0.
         rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
             contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
         rounds (int): Rounds of refinement at most; 0 trains on everything.
@@ -144,7 +144,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         batch_patches: int = 1024,
         likelihood_weight: float = 0.0,
         neighbour_weight: float = 1.0,
-        likeness_weight: float = 0.5,
+        likeness_weight: float = 0.25,
         rule: str = "auto",
         rounds: int = 4,
         patch_fence: float = 2.5,

@@ -41,15 +41,15 @@ class Fence:
         return f"rejects {self.rejected}, {self.dirty} defective"
 
 
-def training_scores(contamination: float) -> tuple[np.ndarray, np.ndarray]:
+def training_scores(contamination: float) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
     """Scores of 300 ELPV monocrystalline training images by which the first round of refinement rejects.
 
     Args:
         contamination (float): Share of real defective images among them.
 
     Returns:
-        tuple[np.ndarray, np.ndarray]: Scores ``[300]``, in lower-side spreads from their centre (no rule minds), and
-            whether an image is defective.
+        tuple[np.ndarray, np.ndarray | None, np.ndarray]: Scores ``[300]``, in lower-side spreads from their centre (no
+            rule minds); those on the second scale of rule ``auto``, if there is one; whether an image is defective.
     """
     from anomalib.engine import Engine
     from lightning import seed_everything
@@ -61,22 +61,26 @@ def training_scores(contamination: float) -> tuple[np.ndarray, np.ndarray]:
     warnings.filterwarnings("ignore")
     seed_everything(0, verbose=False)
     datamodule = Contaminated(ELPV("mono", _IMAGES, seed=0), contamination, "no-overlap", seed=0)
-    model = MetaRefine(rounds=1, rule="iqr", meta_steps=0, visualizer=False)
+    model = MetaRefine(rounds=1, rule="share:0", meta_steps=0, visualizer=False)
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(default_root_dir=folder, logger=False, enable_model_summary=False, limit_val_batches=0)
         engine.fit(model, datamodule=datamodule)
-    scores = np.array(model.refinement.rounds[0].scores)
-    centre, spread = lower_side_scale(scores)
-    return (scores - centre) / spread, np.isin(model.refinement.paths, datamodule.injected)
+    refinement = model.refinement
+    centre, spread = lower_side_scale(np.array(refinement.scores))
+    scores = (np.array(refinement.scores) - centre) / spread
+    combined = refinement.parts.get("combined")
+    second = None if combined is None else np.array(combined)
+    return scores, second, np.isin(refinement.paths, datamodule.injected)
 
 
-def all_fences(scores: np.ndarray, dirty: np.ndarray) -> list[Fence]:
+def all_fences(scores: np.ndarray, combined: np.ndarray | None, dirty: np.ndarray) -> list[Fence]:
     """Every rule with its defaults, the lowest fence first; ``count`` is told the true number."""
     told = {"count": f"count:{dirty.sum()}", "share": "share:0.1"}
     fences = []
     for name in RULES:
         spec = told.get(name, name)
-        score = get_rule(spec).fence(scores)
+        rule = get_rule(spec)
+        score = rule.fence(scores, combined=combined) if name == "auto" else rule.fence(scores)
         rejected = scores > score
         fences.append(Fence(spec, score, int(rejected.sum()), int(dirty[rejected].sum())))
     return sorted(fences, key=lambda fence: (fence.score, fence.rule))
@@ -126,8 +130,8 @@ def main() -> None:
     parser.add_argument("--contamination", type=float, default=0.2, help="share of dirty images (default: 0.2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture to write")
     arguments = parser.parse_args()
-    scores, dirty = training_scores(arguments.contamination)
-    fences = all_fences(scores, dirty)
+    scores, combined, dirty = training_scores(arguments.contamination)
+    fences = all_fences(scores, combined, dirty)
     print(f"{'rule':<10} {'fence':>6} {'rejected':>8} {'dirty':>6}")
     for fence in fences:
         print(f"{fence.rule:<10} {fence.score:>6.2f} {fence.rejected:>8} {fence.dirty:>6}")

@@ -4,7 +4,7 @@ from scipy.stats import exponnorm
 
 from anomalib_metarefine.curation import contamination
 from anomalib_metarefine.curation.contamination import estimate_contamination
-from anomalib_metarefine.curation.rules import PosteriorFence, get_rule
+from anomalib_metarefine.curation.rules import PosteriorFence
 
 
 def mixture(dirty: int, clean: int = 300, shift: float = 7.0, seed: int = 0) -> np.ndarray:
@@ -183,7 +183,7 @@ class TestAnswers:
         scores, truth = self.overlapping()
         places = np.argsort(scores)[::-1][:60:2]
         known = dict.fromkeys(places.tolist(), False)  # all dirty
-        told, alone = get_rule("auto", known).fence(scores), get_rule("auto").fence(scores)
+        told, alone = PosteriorFence().fence(scores, known), PosteriorFence().fence(scores)
         others = np.setdiff1d(np.flatnonzero(scores > told), places)
         assert told < alone
         assert len(others) > 10
@@ -192,30 +192,29 @@ class TestAnswers:
         probability = estimate_contamination(scores, known=known).dirty_probability[others]
         assert (1 - probability).mean() <= 0.15
         assert probability.min() > 0.5
-        assert get_rule("share:0.1", known) == get_rule("share:0.1")  # which does not learn
 
     def test_on_one_image_do_not_reject_those_above_it(self):
         scores = mixture(60, shift=9)
         fifth, *next_ones = np.argsort(scores)[::-1][64:84].tolist()  # of the clean ones
         known = {fifth: False, **dict.fromkeys(next_ones, True)}
-        assert 55 <= (scores > get_rule("auto", known).fence(scores)).sum() <= 60
+        assert 55 <= (scores > PosteriorFence().fence(scores, known)).sum() <= 60
 
     def test_of_fewer_than_twenty_images_leave_the_fence(self):
         scores, _ = self.overlapping()
         known = dict.fromkeys(np.argsort(scores)[::-1][:19].tolist(), False)
-        assert get_rule("auto", known).fence(scores) == get_rule("auto").fence(scores)
+        assert PosteriorFence().fence(scores, known) == PosteriorFence().fence(scores)
 
     def test_never_raise_the_fence_unless_they_prove_it_wrong(self):
         scores = mixture(30)
-        alone = get_rule("auto").fence(scores)
+        alone = PosteriorFence().fence(scores)
         assert alone < 6
         lowest = np.argsort(scores)[:20].tolist()
-        assert get_rule("auto", dict.fromkeys(lowest, False)).fence(scores) <= alone
+        assert PosteriorFence().fence(scores, dict.fromkeys(lowest, False)) <= alone
         past = np.flatnonzero(scores > alone)
         elsewhere = dict.fromkeys(lowest, True)
         few = elsewhere | dict.fromkeys(past[:3].tolist(), True)  # of 30: about what the rule promises
-        assert get_rule("auto", few).fence(scores) <= alone
-        assert get_rule("auto", elsewhere | dict.fromkeys(past.tolist(), True)).fence(scores) == np.inf
+        assert PosteriorFence().fence(scores, few) <= alone
+        assert PosteriorFence().fence(scores, elsewhere | dict.fromkeys(past.tolist(), True)) == np.inf
 
     @pytest.mark.parametrize(
         ("clean", "dirty", "fence"),
@@ -223,9 +222,61 @@ class TestAnswers:
         ids=["all dirty", "as many clean as promised", "more", "more, of too few answers"],
     )
     def test_prove_a_fence_wrong_by_too_many_clean_ones_past_it(self, monkeypatch, clean, dirty, fence):
-        monkeypatch.setattr(PosteriorFence, "_fence", lambda _rule, _scores, known: 9.0 if known else 2.0)
+        monkeypatch.setattr(PosteriorFence, "_fence", lambda _rule, _scales, known: 9.0 if known else 2.0)
         scores = np.r_[np.zeros(80), np.full(20, 5.0)]  # three of 20 are the 15 % that the rule allows itself
         known = dict.fromkeys(range(80, 80 + clean), True) | dict.fromkeys(range(80 + clean, 80 + clean + dirty), False)
         assert PosteriorFence().fence(scores, known) == fence
         below = dict.fromkeys(range(20), True)  # clean ones, but not past it
         assert PosteriorFence().fence(scores, below) == 2
+
+
+class TestTwoScales:
+    """The same images on a second scale."""
+
+    @pytest.fixture(autouse=True)
+    def _short_chains(self, monkeypatch):
+        monkeypatch.setattr(contamination, "_STEPS", 300)
+        monkeypatch.setattr(contamination, "_WARM_UP", 150)
+        monkeypatch.setattr(contamination, "_THINNING", 5)
+
+    CLEAN, DIRTY = mixture(0), mixture(60, clean=240)  # in the second, the last 60 images
+
+    def test_share_the_draws_and_the_higher_probability_counts(self):
+        scores = np.sort(self.CLEAN)
+        combined = np.sort(self.DIRTY)
+        one, other = estimate_contamination(scores), estimate_contamination(combined)
+        both = estimate_contamination(scores, combined=combined)
+        assert sorted(both.shares) == sorted([*one.shares, *other.shares])
+        np.testing.assert_array_equal(
+            both.dirty_probability, np.maximum(one.dirty_probability, other.dirty_probability)
+        )
+        assert one.estimate < 0.1 < other.interval()[0]  # they disagree, so
+        assert both.interval()[0] <= one.estimate < other.estimate <= both.interval()[1]
+
+    def test_know_what_a_person_said(self):
+        known = {0: False, 299: True}
+        both = estimate_contamination(np.sort(self.CLEAN), 0, known, np.sort(self.DIRTY))
+        assert both.answers == 2
+        assert both.dirty_probability[[0, 299]].tolist() == [1, 0]
+
+    @pytest.mark.parametrize("swapped", [False, True], ids=["on the second", "on the first"])
+    def test_reject_what_stands_apart_on_either(self, swapped):
+        scales = (np.sort(self.CLEAN), np.sort(self.DIRTY))
+        scores, combined = reversed(scales) if swapped else scales
+        alone = max(int((scale > PosteriorFence().fence(scale)).sum()) for scale in scales)
+        assert alone == pytest.approx(60, abs=5)
+        past = scores > PosteriorFence().fence(scores, combined=combined)
+        assert past.sum() == alone
+        assert past[-alone:].all()
+
+    def test_learn_from_answers_on_the_second_too(self):
+        scores, _ = TestAnswers.overlapping()
+        by_score = np.argsort(scores)
+        known = dict.fromkeys(by_score[::-1][:60:2].tolist(), False)
+        nothing_apart = np.empty(300)
+        nothing_apart[by_score] = np.sort(self.CLEAN)
+        rule = PosteriorFence()
+        expected = (scores > rule.fence(scores, known)).sum()
+        assert expected > (nothing_apart > rule.fence(nothing_apart, known)).sum()
+        past = nothing_apart > rule.fence(nothing_apart, known, scores)
+        assert past.sum() == expected

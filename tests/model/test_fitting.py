@@ -4,7 +4,7 @@ import torch
 from rich.progress import Progress
 
 from anomalib_metarefine.curation import patches
-from anomalib_metarefine.curation.rules import get_rule
+from anomalib_metarefine.curation.rules import PosteriorFence
 from anomalib_metarefine.density.flow import bits_per_dimension
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.meta.episodes import PatchBatch
@@ -97,11 +97,27 @@ def test_what_a_person_rejects_does_not_count_as_standing_apart(store):
     assert fitter.learned[0].all()  # of an image that is not learned from anyway
 
 
-def test_the_rule_is_told_what_a_person_decided(store, monkeypatch):
+def test_the_default_rule_is_told_answers_and_the_second_scale(store, monkeypatch):
     told = []
-    monkeypatch.setattr(fitting, "get_rule", lambda spec, known=None: told.append(known) or get_rule(spec))
-    fitted(store, {0: False, 39: True})
-    assert told == [{0: False, 39: True}]
+
+    def fence(_rule, scores, known, combined):
+        told.append((scores, known, combined))
+        return np.inf
+
+    def trusted(trust, known=None):
+        monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (np.sin(np.arange(40)), trust))
+        return fitted(store, known, rule="auto", rounds=1)[1].parts
+
+    monkeypatch.setattr(PosteriorFence, "fence", fence)
+    answers = {0: False, 39: True}
+    parts = trusted(1.0, answers)
+    assert "combined" not in trusted(0.99)  # too little explained for a scale of its own
+    (scores, known, combined), (_, nothing_known, no_second_scale) = told
+    assert known is answers
+    np.testing.assert_array_equal(np.argsort(combined), np.argsort(scores))
+    assert np.abs(combined - scores).max() > 0.1
+    assert parts["combined"] == combined.tolist()
+    assert (nothing_known, no_second_scale) == (None, None)
 
 
 def test_parts_that_lie_anywhere_are_learned_whole():
