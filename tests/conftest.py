@@ -70,6 +70,16 @@ def folder(root: Path, **settings) -> Folder:
     )
 
 
+@pytest.fixture
+def short_chains(monkeypatch):
+    """A third of the Markov chain's steps, where something else is tested."""
+    from anomalib_metarefine.curation import contamination
+
+    monkeypatch.setattr(contamination, "_STEPS", 300)
+    monkeypatch.setattr(contamination, "_WARM_UP", 150)
+    monkeypatch.setattr(contamination, "_THINNING", 5)
+
+
 @pytest.fixture(scope="module")
 def patches_of_few_images():
     """Regions are rejected from one patch and from 8 images on, so that toys can be small."""

@@ -97,14 +97,9 @@ def test_the_fence_keeps_to_its_level(level):
     assert wrong / rejected < 1.5 * level
 
 
+@pytest.mark.usefixtures("short_chains")
 class TestAnswers:
     """What a person said about some of the images."""
-
-    @pytest.fixture(autouse=True)
-    def _short_chains(self, monkeypatch):
-        monkeypatch.setattr(contamination, "_STEPS", 300)
-        monkeypatch.setattr(contamination, "_WARM_UP", 150)
-        monkeypatch.setattr(contamination, "_THINNING", 5)
 
     @staticmethod
     def overlapping(dirty: int = 120, count: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -230,14 +225,9 @@ class TestAnswers:
         assert PosteriorFence().fence(scores, below) == 2
 
 
+@pytest.mark.usefixtures("short_chains")
 class TestTwoScales:
     """The same images on a second scale."""
-
-    @pytest.fixture(autouse=True)
-    def _short_chains(self, monkeypatch):
-        monkeypatch.setattr(contamination, "_STEPS", 300)
-        monkeypatch.setattr(contamination, "_WARM_UP", 150)
-        monkeypatch.setattr(contamination, "_THINNING", 5)
 
     CLEAN, DIRTY = mixture(0), mixture(60, clean=240)  # in the second, the last 60 images
 

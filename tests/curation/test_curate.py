@@ -16,6 +16,7 @@ from anomalib_metarefine.curation.refine import Refinement, Round
 from anomalib_metarefine.model.fitting import FitSettings
 from tests.conftest import folder, part, plate
 
+pytestmark = pytest.mark.usefixtures("short_chains")
 SMALL = {"image_size": (96, 96), "settings": FitSettings(dimensions=32, meta_steps=2), "progress": False}
 
 
