@@ -137,9 +137,9 @@ def estimate_contamination(
             that nobody decided on. An image that somebody decided on has probability 0 or 1.
     """
     if combined is not None:
-        views = [estimate_contamination(view, seed, known) for view in (scores, combined)]
-        shares = np.concatenate([view.shares for view in views])
-        return Contamination(shares, np.maximum(*(view.dirty_probability for view in views)), views[0].answers)
+        first, second = (estimate_contamination(scale, seed, known) for scale in (scores, combined))
+        probability = np.maximum(first.dirty_probability, second.dirty_probability)
+        return Contamination(np.concatenate([first.shares, second.shares]), probability, first.answers)
     known = known or {}
     places = np.fromiter(known, int, len(known))
     dirty = ~np.fromiter(known.values(), bool, len(known))

@@ -10,6 +10,7 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
 _MIN_KEPT = 0.5  # past this share of rejected images "normal" would no longer mean the majority
 
 

@@ -371,9 +371,9 @@ class PosteriorFence:
                 little about the others, and those near the fence may be explained in ways that reject nothing. Where
                 answers prove the fence without them wrong, more than ``level`` of the images past it being clean by
                 the person's own word, it does not count.
-            combined (np.ndarray | None): ``[N]``, the same images' scores on a second scale, in the same order.
-                Dirty images may stand apart on one scale and not on the other: the lower of the
-                two fences is taken, each of which keeps to ``level``.
+            combined (np.ndarray | None): ``[N]``, the same images' scores on a second scale, in the same order. Dirty
+                images may stand apart on one scale and not on the other: the lower of the two fences is taken, each of
+                which keeps to ``level``.
         """
         known = known or {}
         scales = [scores] if combined is None else [scores, combined]
