@@ -4,8 +4,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from anomalib_metarefine.benchmark import detection
 from anomalib_metarefine.benchmark.detection import main, summarise
+from anomalib_metarefine.curation.contamination import estimate_contamination
+from anomalib_metarefine.model import fitting
 from tests.conftest import part
+
+pytestmark = pytest.mark.usefixtures("short_chains")
 
 
 @pytest.fixture
@@ -36,7 +41,15 @@ def test_finds_the_dirty_images_and_goes_on_where_it_stopped(many_parts, tmp_pat
     assert rows.rejected.tolist()[2:] == [4, 4]
 
 
-def test_a_person_who_looks_corrects_the_estimate(many_parts, tmp_path):
+def test_a_person_who_looks_corrects_the_estimate(many_parts, tmp_path, monkeypatch):
+    second_scales = []
+
+    def estimate(scores, known, combined):
+        second_scales.append(combined)
+        return estimate_contamination(scores, 0, known, combined)
+
+    monkeypatch.setattr(detection, "estimate_contamination", estimate)
+    monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (scores, 1.0))  # trusted
     out = tmp_path / "detection.csv"
     arguments = ["--data", f"{many_parts}@96x96:40:parts", "--seeds", "0", "--contamination", "0.1"]
     # A rule that rejects two of the four leaves the other two to the person.
@@ -46,6 +59,7 @@ def test_a_person_who_looks_corrects_the_estimate(many_parts, tmp_path):
     assert (told["looks"], told["asked_dirty"]) == (4, 2)
     assert told["recall"] > alone["recall"]
     assert told["high"] - told["low"] < alone["high"] - alone["low"]
+    assert all(len(scale) == 40 for scale in second_scales)
 
 
 def test_says_what_cannot_be_had(parts, tmp_path, capsys):
