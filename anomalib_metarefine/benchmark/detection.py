@@ -24,7 +24,7 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.curation.contamination import estimate_contamination
+from anomalib_metarefine.curation.contamination import estimate_contamination, further_scales
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.collect import collect_features
@@ -146,7 +146,7 @@ def _curate(
         _, refinement = fitter.fit(known)
         scores = np.array(refinement.scores)
         rejected = ~np.array(refinement.kept)
-        estimate = estimate_contamination(scores, known=known, combined=fitter.parts.get("combined"))
+        estimate = estimate_contamination(scores, known=known, further=further_scales(fitter.parts))
         if not known:
             asked = np.lexsort((-scores, -estimate.dirty_probability, rejected))[:looks]
             known = {int(image): not dirty[image] for image in asked}

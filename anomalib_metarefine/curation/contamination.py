@@ -33,8 +33,9 @@ from scipy.special import expit, log_ndtr, logsumexp
 from anomalib_metarefine.curation.rules import evenly_spaced, lower_side_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+FURTHER_SCALES = ("combined", "resembling")  # parts of the score that are scales of their own
 _LIMITS = (-6.0, 60.0)  # spreads: how far out an outlier lies carries no more information past them
 _MOST_SCORES = 1_000  # evenly spaced order statistics of more say about the same
 _FEWEST_SCORES = 10  # there is nothing to estimate a mixture from
@@ -118,8 +119,17 @@ class _Answers(NamedTuple):
     dirty: np.ndarray
 
 
+def further_scales(parts: Mapping[str, Sequence[float]]) -> list[np.ndarray]:
+    """Those parts of the score that are scales of their own, ``[N]`` each: what rule `auto` and the estimate look at.
+
+    Args:
+        parts (Mapping[str, Sequence[float]]): The parts by name, see `FURTHER_SCALES`.
+    """
+    return [np.asarray(parts[name]) for name in FURTHER_SCALES if name in parts]
+
+
 def estimate_contamination(
-    scores: np.ndarray, seed: int = 0, known: Mapping[int, bool] | None = None, combined: np.ndarray | None = None
+    scores: np.ndarray, seed: int = 0, known: Mapping[int, bool] | None = None, further: Sequence[np.ndarray] = ()
 ) -> Contamination:
     """Posterior of the contamination, invariant to order, shift and scale of the scores.
 
@@ -128,19 +138,19 @@ def estimate_contamination(
         seed (int): Of the Markov chains.
         known (Mapping[int, bool] | None): Images, by their place in ``scores``, that a person has decided to keep
             (true) or to reject.
-        combined (np.ndarray | None): ``[N]``, the same images' scores on a second scale, e.g. with likeness added.
-            Which of the two a mixture describes better nobody knows, so each counts one half: the draws of both are
-            taken together. That an image is dirty may show on either, so its probability is the higher one.
+        further (Sequence[np.ndarray]): The same images' scores on other scales, ``[N]`` each, e.g. with likeness added.
+            Which of them a mixture describes best nobody knows, so all count alike: their draws are taken together.
+            That an image is dirty may show on any, so its probability is the highest one.
 
     Returns:
         Contamination: With fewer than ten scores, or without any spread, somewhere between 0 and one half of the images
             that nobody decided on. An image that somebody decided on has probability 0 or 1.
     """
-    if combined is not None:
-        first, second = (estimate_contamination(scale, seed, known) for scale in (scores, combined))
-        probability = np.maximum(first.dirty_probability, second.dirty_probability)
-        return Contamination(np.concatenate([first.shares, second.shares]), probability, first.answers)
     known = known or {}
+    if further:
+        each = [estimate_contamination(scale, seed, known) for scale in (scores, *further)]
+        probability = np.max([one.dirty_probability for one in each], axis=0)
+        return Contamination(np.concatenate([one.shares for one in each]), probability, len(known))
     places = np.fromiter(known, int, len(known))
     dirty = ~np.fromiter(known.values(), bool, len(known))
     centre, spread = lower_side_scale(scores)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from anomalib_metarefine.curation.contamination import Contamination, estimate_contamination
+from anomalib_metarefine.curation.contamination import Contamination, estimate_contamination, further_scales
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
 from anomalib_metarefine.curation.gather import gather, versions
 from anomalib_metarefine.curation.manifest import Manifest, data_sha256
@@ -148,7 +148,7 @@ def curate(
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
         keeps = {place: decision == "keep" for place, decision in decided.items()}
         _, refinement = fitter.fit(keeps)
-        posterior = estimate_contamination(np.array(refinement.scores), seed, keeps, fitter.parts.get("combined"))
+        posterior = estimate_contamination(np.array(refinement.scores), seed, keeps, further_scales(fitter.parts))
         seconds["refinement"] = time.perf_counter() - begin
         begin = time.perf_counter()
         table = _decide(fitter, refinement, posterior, decided)

@@ -7,8 +7,10 @@ what the others teach*: no image is among its own teachers, or odd images would 
 
 The verdict changes the order of the images, not the distribution of their scores: that stays the one whose shape on
 clean images is known best, and every rule can rely on it. Score and verdict added up are a second scale of the same
-order, on which dirty images stand apart in some sets where they don't on the first, and the other way round. Rule
-`auto` and the estimate of the contamination look at both (docs/results.md says what either alone would do).
+order, on which dirty images stand apart in some sets where they don't on the first, and the other way round. Once
+images are rejected they are better teachers than suspicious ones, and how much an image resembles them makes a third
+scale. Where nothing is rejected there are no such teachers, so a clean set can't talk itself into any. Rule `auto` and
+the estimate of the contamination look at all scales (docs/results.md has what was measured).
 
 References:
     - Blum and Mitchell, "Combining Labeled and Unlabeled Data with Co-Training", COLT 1998: two views of the same
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _SUSPICIOUS = 0.2  # share of the images that are taken for suspicious, ever more so towards the highest score
+_UNSURE = 0.15  # share of the images, those just inside the fence, of which resemblance learns nothing
+_FEWEST_EXAMPLES = 10  # rejected images that resemblance learns from
 _RIDGE = 10.0  # penalty, in variances of one feature over the images; 1 to 30 hardly differ
 FEWEST_IMAGES = 20  # with 20 it gains a point of AUROC on ELPV, 3 to 5 on KolektorSDD; fewer were not tried
 
@@ -84,14 +88,47 @@ def likeness(
     suspicion = ((rank - (1 - _SUSPICIOUS)) / _SUSPICIOUS).clip(0, 1)
     for image, keep in (known or {}).items():
         suspicion[image] = not keep
-    spread = features.std(0)
-    x = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
-    smoother = np.linalg.solve(x.T @ x + _RIDGE * count * np.eye(x.shape[1]), x.T).T
-    leverage = (smoother * x).sum(1)
-    # The mean is that of all: without its own share, an image would look the less suspicious the more it is.
-    centred = suspicion - suspicion.mean()
-    others = (smoother @ (x.T @ centred) - leverage * centred) / np.maximum(1 - leverage, 1e-6)
+    others = _from_the_others(features, suspicion, np.ones(count, dtype=bool))
     return others, _explained(others, suspicion)
+
+
+def resemblance(
+    features: np.ndarray, scores: np.ndarray, kept: np.ndarray, known: Mapping[int, bool] | None = None
+) -> np.ndarray | None:
+    """How much every image looks like the *other* rejected images rather than like kept ones.
+
+    A few certain examples say more than a fifth that is suspicious by degrees. Kept images just inside the fence, half
+    of which are dirty where many are, teach nothing.
+
+    Args:
+        features (np.ndarray): ``[N x D]``, see `deviations`.
+        scores (np.ndarray): ``[N]``, higher is more anomalous; only their order counts.
+        kept (np.ndarray): ``[N]`` mask of the images that are not rejected.
+        known (Mapping[int, bool] | None): Images that a person has decided on teach wherever they lie.
+
+    Returns:
+        np.ndarray | None: ``[N]``, higher is more alike; ``None`` where fewer than 10 images are rejected.
+    """
+    if (~kept).sum() < _FEWEST_EXAMPLES:
+        return None
+    teaches = np.ones(len(scores), dtype=bool)
+    inside = np.flatnonzero(kept)
+    teaches[inside[np.argsort(-scores[inside], kind="stable")[: round(_UNSURE * len(scores))]]] = False
+    teaches[list(known or {})] = True
+    return _from_the_others(features, (~kept).astype(float), teaches)
+
+
+def _from_the_others(features: np.ndarray, target: np.ndarray, teaches: np.ndarray) -> np.ndarray:
+    """What ridge regression on the other images of a mask ``[N]`` predicts for each image, ``[N]``."""
+    spread = features.std(0)
+    x = (features - features[teaches].mean(0)) / np.where(spread > 0, spread, 1)
+    taught = x[teaches]
+    gram = taught.T @ taught + _RIDGE * len(taught) * np.eye(x.shape[1])
+    smoother = np.linalg.solve(gram, x.T).T
+    leverage = np.where(teaches, (smoother * x).sum(1), 0)
+    # The mean is that of all: without its own share, an image would look the less suspicious the more it is.
+    centred = target - target[teaches].mean()
+    return (smoother @ (taught.T @ centred[teaches]) - leverage * centred) / np.maximum(1 - leverage, 1e-6)
 
 
 def _explained(prediction: np.ndarray, truth: np.ndarray) -> float:

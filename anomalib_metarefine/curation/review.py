@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anomalib_metarefine.curation.contamination import estimate_contamination
+from anomalib_metarefine.curation.contamination import estimate_contamination, further_scales
 from anomalib_metarefine.curation.manifest import Manifest, write_text
 from anomalib_metarefine.curation.sources import read_table, some
 
@@ -178,8 +178,8 @@ def _with_estimate(table: pd.DataFrame, run: dict[str, Any]) -> Manifest:
     decided = scored.decided_by.eq("user").to_numpy()
     if decided.any() and run.get("contamination"):
         known = {int(place): scored.decision.iloc[place] == "keep" for place in decided.nonzero()[0]}
-        combined = scored.score_combined.to_numpy() if "score_combined" in scored else None
-        posterior = estimate_contamination(scored.score.to_numpy(), run.get("seed", 0), known, combined)
+        further = further_scales({name.removeprefix("score_"): scored[name].to_numpy() for name in scored})
+        posterior = estimate_contamination(scored.score.to_numpy(), run.get("seed", 0), known, further)
         run["contamination"] = posterior.summary()
         rows = scored.index[decided]
         table.loc[rows, "dirty_probability"] = scored.decision[rows].eq("reject").astype(float)

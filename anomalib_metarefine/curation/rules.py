@@ -360,7 +360,7 @@ class PosteriorFence:
         _check(self, "level", 0 < self.level < 1, "a share in (0, 1)")
 
     def fence(
-        self, scores: np.ndarray, known: Mapping[int, bool] | None = None, combined: np.ndarray | None = None
+        self, scores: np.ndarray, known: Mapping[int, bool] | None = None, further: Sequence[np.ndarray] = ()
     ) -> float:
         """See `Rule.fence`.
 
@@ -371,12 +371,12 @@ class PosteriorFence:
                 little about the others, and those near the fence may be explained in ways that reject nothing. Where
                 answers prove the fence without them wrong, more than ``level`` of the images past it being clean by
                 the person's own word, it does not count.
-            combined (np.ndarray | None): ``[N]``, the same images' scores on a second scale, in the same order. Dirty
-                images may stand apart on one scale and not on the other: the lower of the two fences is taken, each of
-                which keeps to ``level``.
+            further (Sequence[np.ndarray]): The same images' scores on other scales, ``[N]`` each. Dirty images may
+                stand apart on one scale and not on another: the fence past which most images lie is taken. Each of them
+                keeps to ``level``.
         """
         known = known or {}
-        scales = [scores] if combined is None else [scores, combined]
+        scales = [scores, *further]
         fence = self._fence(scales, {})
         if len(known) < _FEWEST_ANSWERS:
             return fence

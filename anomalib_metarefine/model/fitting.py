@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.func import functional_call
 from torch.nn import functional
 
-from anomalib_metarefine.curation.likeness import FEWEST_IMAGES, deviations, likeness, reordered
+from anomalib_metarefine.curation.contamination import further_scales
+from anomalib_metarefine.curation.likeness import FEWEST_IMAGES, deviations, likeness, reordered, resemblance
 from anomalib_metarefine.curation.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
 from anomalib_metarefine.curation.refine import Refinement, Round, refine
 from anomalib_metarefine.curation.rules import PosteriorFence, get_rule
@@ -40,6 +41,7 @@ Log: TypeAlias = "Callable[[dict[str, float], int], None]"
 
 _CHUNK = 64  # images whitened at a time
 _POOL = 384  # images that gradient steps draw from
+_RESEMBLANCE = 2  # its weight, in those of likeness: its teachers are certain
 _NEIGHBOUR_TAIL = 0.02  # share of the patches; between what ELPV (0.03) and `screw` (0.01) like best
 _WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
 _SYNTHETIC_PATCHES = 1024  # each with a matrix of its place while it is whitened
@@ -158,7 +160,7 @@ class DensityFitter:
 
         def fence(scores: np.ndarray) -> float:
             if isinstance(rule, PosteriorFence):
-                return rule.fence(scores, known, self.parts.get("combined"))
+                return rule.fence(scores, known, further_scales(self.parts))
             return rule.fence(scores)
 
         refinement = refine(score, paths, fence, self.settings.rounds, report, known)
@@ -268,18 +270,26 @@ class DensityFitter:
 
         That order comes from score and likeness added up. They are a second scale, ``self.parts["combined"]``, where
         likeness explains at least half: with less (`screw`) it would be the first one and noise, and a second chance
-        for a fence to err.
+        for a fence to err. Once images are rejected, how much an image resembles them makes a third,
+        ``self.parts["resembling"]``, and the order.
         """
         weight = self.settings.likeness_weight
         if weight == 0 or self.neighbours is None or len(scores) < FEWEST_IMAGES:
             return scores
         unusual = deviations(self.whitened(np.arange(len(scores))), self.episodes[0], self.kept)
         self.parts["likeness"], trust = likeness(unusual, scores, known)
-        both = {"score": scores, "likeness": self.parts["likeness"]}
-        combined, _ = hybrid(both, {"score": 1.0, "likeness": weight * trust}, self.kept)
+        order = combined = self._sum(scores, self.parts["likeness"], weight * trust)
         if trust == 1:
-            self.parts["combined"] = combined
-        return reordered(scores, combined)
+            alike = resemblance(unusual, combined, self.kept, known)
+            if alike is not None:
+                self.parts["resemblance"] = alike
+                order = self.parts["resembling"] = self._sum(scores, alike, _RESEMBLANCE * weight)
+            self.parts["combined"] = reordered(combined, order)
+        return reordered(scores, order)
+
+    def _sum(self, scores: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray:
+        """Scores and ``weight`` times something else, each in its spreads over the kept images, ``[N]``."""
+        return hybrid({"score": scores, "other": other}, {"score": 1.0, "other": weight}, self.kept)[0]
 
     def uncertainty(self) -> np.ndarray:
         """Standard deviation of the final scores over support sets, ``[N]``; zero where images were not compared."""

@@ -90,8 +90,8 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             round fits the density anew, from the meta-learned initialisation, as in the paper.
         neighbour_weight (float): Weight of the distance to the nearest other images in that score.
         likeness_weight (float): How much it also counts whether what is unusual about an image is what is unusual about
-            other suspicious images (`curation.likeness`); 0 leaves it to the score. Needs 20 images and
-            ``neighbour_weight`` above 0.
+            other suspicious images (`curation.likeness`); resemblance to rejected ones counts twice that. 0 leaves it
+            to the score. Needs 20 images and ``neighbour_weight`` above 0.
         rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
             contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
         rounds (int): Rounds of refinement at most; 0 trains on everything.

@@ -20,6 +20,7 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from anomalib_metarefine.curation.contamination import further_scales
 from anomalib_metarefine.curation.rules import RULES, get_rule, lower_side_scale
 
 _GOOD, _DEFECTIVE, _FENCE = "#56B4E9", "#D55E00", "#000000"  # Okabe and Ito's palette: safe for colour-blind readers
@@ -41,15 +42,15 @@ class Fence:
         return f"rejects {self.rejected}, {self.dirty} defective"
 
 
-def training_scores(contamination: float) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+def training_scores(contamination: float) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """Scores of 300 ELPV monocrystalline training images by which the first round of refinement rejects.
 
     Args:
         contamination (float): Share of real defective images among them.
 
     Returns:
-        tuple[np.ndarray, np.ndarray | None, np.ndarray]: Scores ``[300]``, in lower-side spreads from their centre (no
-            rule minds); those on the second scale of rule ``auto``, if there is one; whether an image is defective.
+        tuple[np.ndarray, list[np.ndarray], np.ndarray]: Scores ``[300]``, in lower-side spreads from their centre (no
+            rule minds); those on the further scales of rule ``auto``; whether an image is defective.
     """
     from anomalib.engine import Engine
     from lightning import seed_everything
@@ -68,19 +69,17 @@ def training_scores(contamination: float) -> tuple[np.ndarray, np.ndarray | None
     refinement = model.refinement
     centre, spread = lower_side_scale(np.array(refinement.scores))
     scores = (np.array(refinement.scores) - centre) / spread
-    combined = refinement.parts.get("combined")
-    second = None if combined is None else np.array(combined)
-    return scores, second, np.isin(refinement.paths, datamodule.injected)
+    return scores, further_scales(refinement.parts), np.isin(refinement.paths, datamodule.injected)
 
 
-def all_fences(scores: np.ndarray, combined: np.ndarray | None, dirty: np.ndarray) -> list[Fence]:
+def all_fences(scores: np.ndarray, further: list[np.ndarray], dirty: np.ndarray) -> list[Fence]:
     """Every rule with its defaults, the lowest fence first; ``count`` is told the true number."""
     told = {"count": f"count:{dirty.sum()}", "share": "share:0.1"}
     fences = []
     for name in RULES:
         spec = told.get(name, name)
         rule = get_rule(spec)
-        score = rule.fence(scores, combined=combined) if name == "auto" else rule.fence(scores)
+        score = rule.fence(scores, further=further) if name == "auto" else rule.fence(scores)
         rejected = scores > score
         fences.append(Fence(spec, score, int(rejected.sum()), int(dirty[rejected].sum())))
     return sorted(fences, key=lambda fence: (fence.score, fence.rule))
@@ -130,8 +129,8 @@ def main() -> None:
     parser.add_argument("--contamination", type=float, default=0.2, help="share of dirty images (default: 0.2)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture to write")
     arguments = parser.parse_args()
-    scores, combined, dirty = training_scores(arguments.contamination)
-    fences = all_fences(scores, combined, dirty)
+    scores, further, dirty = training_scores(arguments.contamination)
+    fences = all_fences(scores, further, dirty)
     print(f"{'rule':<10} {'fence':>6} {'rejected':>8} {'dirty':>6}")
     for fence in fences:
         print(f"{fence.rule:<10} {fence.score:>6.2f} {fence.rejected:>8} {fence.dirty:>6}")

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import exponnorm
 
 from anomalib_metarefine.curation import contamination
-from anomalib_metarefine.curation.contamination import estimate_contamination
+from anomalib_metarefine.curation.contamination import estimate_contamination, further_scales
 from anomalib_metarefine.curation.rules import PosteriorFence
 
 
@@ -226,8 +226,8 @@ class TestAnswers:
 
 
 @pytest.mark.usefixtures("short_chains")
-class TestTwoScales:
-    """The same images on a second scale."""
+class TestFurtherScales:
+    """The same images on a second scale, and on a third."""
 
     CLEAN, DIRTY = mixture(0), mixture(60, clean=240)  # in the second, the last 60 images
 
@@ -235,7 +235,7 @@ class TestTwoScales:
         scores = np.sort(self.CLEAN)
         combined = np.sort(self.DIRTY)
         one, other = estimate_contamination(scores), estimate_contamination(combined)
-        both = estimate_contamination(scores, combined=combined)
+        both = estimate_contamination(scores, further=[combined])
         assert sorted(both.shares) == sorted([*one.shares, *other.shares])
         np.testing.assert_array_equal(
             both.dirty_probability, np.maximum(one.dirty_probability, other.dirty_probability)
@@ -243,9 +243,23 @@ class TestTwoScales:
         assert one.estimate < 0.1 < other.interval()[0]  # they disagree, so
         assert both.interval()[0] <= one.estimate < other.estimate <= both.interval()[1]
 
+    def test_count_alike(self):
+        scales = np.sort(self.CLEAN), np.sort(self.DIRTY), np.sort(mixture(30, clean=270))
+        alone = [estimate_contamination(scale) for scale in scales]
+        together = estimate_contamination(scales[0], further=scales[1:])
+        assert sorted(together.shares) == sorted(np.concatenate([one.shares for one in alone]))
+        np.testing.assert_array_equal(together.dirty_probability, np.max([one.dirty_probability for one in alone], 0))
+        past = scales[0] > PosteriorFence().fence(scales[0], further=scales[1:])
+        assert past.sum() == max((scale > PosteriorFence().fence(scale)).sum() for scale in scales)
+
+    def test_are_found_among_the_parts_of_a_score(self):
+        parts = {"neighbours": [0.0], "resembling": [2.0], "likeness": [3.0], "combined": [1.0]}
+        assert [scale.tolist() for scale in further_scales(parts)] == [[1], [2]]
+        assert further_scales({"neighbours": [0.0]}) == []
+
     def test_know_what_a_person_said(self):
         known = {0: False, 299: True}
-        both = estimate_contamination(np.sort(self.CLEAN), 0, known, np.sort(self.DIRTY))
+        both = estimate_contamination(np.sort(self.CLEAN), 0, known, [np.sort(self.DIRTY)])
         assert both.answers == 2
         assert both.dirty_probability[[0, 299]].tolist() == [1, 0]
 
@@ -255,7 +269,7 @@ class TestTwoScales:
         scores, combined = reversed(scales) if swapped else scales
         alone = max(int((scale > PosteriorFence().fence(scale)).sum()) for scale in scales)
         assert alone == pytest.approx(60, abs=5)
-        past = scores > PosteriorFence().fence(scores, combined=combined)
+        past = scores > PosteriorFence().fence(scores, further=[combined])
         assert past.sum() == alone
         assert past[-alone:].all()
 
@@ -268,5 +282,5 @@ class TestTwoScales:
         rule = PosteriorFence()
         expected = (scores > rule.fence(scores, known)).sum()
         assert expected > (nothing_apart > rule.fence(nothing_apart, known)).sum()
-        past = nothing_apart > rule.fence(nothing_apart, known, scores)
+        past = nothing_apart > rule.fence(nothing_apart, known, [scores])
         assert past.sum() == expected

@@ -52,7 +52,7 @@ def test_finds_the_dirty_images_and_says_why(dirty):
     assert {"score_likelihood", "score_neighbours", "score_round_1"} <= set(table)
     assert manifest.root == dirty
     assert manifest.run["contamination"]["low"] <= 0.1 <= manifest.run["contamination"]["high"]
-    on_both_scales = estimate_contamination(table.score.to_numpy(), 0, {}, table.score_combined.to_numpy())
+    on_both_scales = estimate_contamination(table.score.to_numpy(), 0, {}, [table.score_combined.to_numpy()])
     assert manifest.run["contamination"] == on_both_scales.summary()
     assert manifest.run["data"]["images"] == 40
     # The evidence: maps that peak at the defect, a good image beside each.

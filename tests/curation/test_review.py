@@ -142,11 +142,12 @@ class TestDecide:
         clean = decide(manifest, decisions.assign(decision="keep"))
         assert clean.run["contamination"]["high"] < before["high"]
         assert "contamination" not in decide(make_manifest(root, {"0.png": "keep"}), answers(_0="reject")).run
-        combined = rng.exponential(1, 60)
-        on_two = decide(Manifest(manifest.table.assign(score_combined=combined), manifest.run), decisions)
+        combined, resembling = rng.exponential(1, (2, 60))
+        scales = {"score_combined": combined, "score_resembling": resembling}
+        on_three = decide(Manifest(manifest.table.assign(**scales), manifest.run), decisions)
         known = dict.fromkeys(highest.tolist(), False)
-        expected = estimate_contamination(np.array(scores[:59]), 0, known, combined[:59]).summary()
-        assert on_two.run["contamination"] == expected != after
+        expected = estimate_contamination(np.array(scores[:59]), 0, known, [combined[:59], resembling[:59]]).summary()
+        assert on_three.run["contamination"] == expected != after
 
 
 class TestRemember:

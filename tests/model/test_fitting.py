@@ -100,8 +100,8 @@ def test_what_a_person_rejects_does_not_count_as_standing_apart(store):
 def test_the_default_rule_is_told_answers_and_the_second_scale(store, monkeypatch):
     told = []
 
-    def fence(_rule, scores, known, combined):
-        told.append((scores, known, combined))
+    def fence(_rule, scores, known, further):
+        told.append((scores, known, further))
         return np.inf
 
     def trusted(trust, known=None):
@@ -112,12 +112,44 @@ def test_the_default_rule_is_told_answers_and_the_second_scale(store, monkeypatc
     answers = {0: False, 39: True}
     parts = trusted(1.0, answers)
     assert "combined" not in trusted(0.99)  # too little explained for a scale of its own
-    (scores, known, combined), (_, nothing_known, no_second_scale) = told
+    (scores, known, (combined,)), (_, nothing_known, no_further_scale) = told
     assert known is answers
     np.testing.assert_array_equal(np.argsort(combined), np.argsort(scores))
     assert np.abs(combined - scores).max() > 0.1
     assert parts["combined"] == combined.tolist()
-    assert (nothing_known, no_second_scale) == (None, None)
+    assert (nothing_known, no_further_scale) == (None, [])
+
+
+def test_rejected_images_teach_a_third_scale(store, monkeypatch):
+    taught, told = [], []
+
+    def resembling(_features, scores, kept, known):
+        taught.append((scores, kept.copy(), known))
+        return None if kept.all() else np.cos(np.arange(40))
+
+    def fence(_rule, scores, _known, further):
+        told.append((scores, further))
+        return np.sort(scores)[-5]
+
+    monkeypatch.setattr(fitting, "resemblance", resembling)
+    monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (np.sin(np.arange(40)), 1.0))
+    monkeypatch.setattr(PosteriorFence, "fence", fence)
+    _, refinement = fitted(store, {39: True}, rule="auto", rounds=2)
+    (_, (combined,)), (scores, further) = told
+    np.testing.assert_array_equal(np.argsort(taught[0][0]), np.argsort(combined))
+    assert [(~kept).sum() for _, kept, _ in taught][:2] == [0, 4]
+    assert all(known == {39: True} for *_, known in taught)
+    assert len(further) == 2
+    for scale in further:  # all have the order of the third
+        np.testing.assert_array_equal(np.argsort(scale), np.argsort(scores))
+    parts = {name: np.array(values) for name, values in refinement.parts.items()}
+    np.testing.assert_array_equal(parts["resemblance"], np.cos(np.arange(40)))
+    spreads = np.linalg.lstsq(np.column_stack([parts["neighbours"], parts["resemblance"], np.ones(40)]),
+                              parts["resembling"], rcond=None)[0]  # fmt: skip
+    assert (spreads[:2] > 0).all()
+    np.testing.assert_array_equal(np.argsort(parts["resembling"]), np.argsort(refinement.scores))
+    monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (np.sin(np.arange(40)), 0.99))
+    assert "resembling" not in fitted(store, rule="auto", rounds=2)[1].parts
 
 
 def test_parts_that_lie_anywhere_are_learned_whole():
