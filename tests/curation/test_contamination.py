@@ -244,7 +244,7 @@ class TestFurtherScales:
         assert both.interval()[0] <= one.estimate < other.estimate <= both.interval()[1]
 
     def test_count_alike(self):
-        scales = np.sort(self.CLEAN), np.sort(self.DIRTY), np.sort(mixture(30, clean=270))
+        scales = np.sort(self.CLEAN), np.sort(mixture(30, clean=270)), np.sort(self.DIRTY)
         alone = [estimate_contamination(scale) for scale in scales]
         together = estimate_contamination(scales[0], further=scales[1:])
         assert sorted(together.shares) == sorted(np.concatenate([one.shares for one in alone]))

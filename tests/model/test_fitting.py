@@ -4,7 +4,7 @@ import torch
 from rich.progress import Progress
 
 from anomalib_metarefine.curation import patches
-from anomalib_metarefine.curation.rules import PosteriorFence
+from anomalib_metarefine.curation.rules import PosteriorFence, lower_side_scale
 from anomalib_metarefine.density.flow import bits_per_dimension
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.meta.episodes import PatchBatch
@@ -144,9 +144,12 @@ def test_rejected_images_teach_a_third_scale(store, monkeypatch):
         np.testing.assert_array_equal(np.argsort(scale), np.argsort(scores))
     parts = {name: np.array(values) for name, values in refinement.parts.items()}
     np.testing.assert_array_equal(parts["resemblance"], np.cos(np.arange(40)))
-    spreads = np.linalg.lstsq(np.column_stack([parts["neighbours"], parts["resemblance"], np.ones(40)]),
-                              parts["resembling"], rcond=None)[0]  # fmt: skip
-    assert (spreads[:2] > 0).all()
+    # Half as much of the resemblance as of the distance, both in their spreads.
+    standard = [
+        parts[name] / lower_side_scale(parts[name][refinement.kept])[1] for name in ("neighbours", "resemblance")
+    ]
+    weights = np.linalg.lstsq(np.column_stack([*standard, np.ones(40)]), parts["resembling"], rcond=None)[0]
+    assert weights[1] / weights[0] == pytest.approx(0.5, rel=1e-3)
     np.testing.assert_array_equal(np.argsort(parts["resembling"]), np.argsort(refinement.scores))
     monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (np.sin(np.arange(40)), 0.99))
     assert "resembling" not in fitted(store, rule="auto", rounds=2)[1].parts
