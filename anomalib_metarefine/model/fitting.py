@@ -271,7 +271,8 @@ class DensityFitter:
         That order comes from score and likeness added up. They are a second scale, ``self.parts["combined"]``, where
         likeness explains at least half: with less (`screw`) it would be the first one and noise, and a second chance
         for a fence to err. Once images are rejected, how much an image resembles them makes a third,
-        ``self.parts["resembling"]``, and the order.
+        ``self.parts["resembling"]``, and the order of all three: a fence counts the images past it on one scale, and
+        rejects as many by the order.
         """
         weight = self.settings.likeness_weight
         if weight == 0 or self.neighbours is None or len(scores) < FEWEST_IMAGES:
