@@ -20,10 +20,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 
-from anomalib_metarefine.curation.refine import Refinement
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.data.elpv import ELPV
 from anomalib_metarefine.model.lightning_model import MetaRefine
+from anomalib_metarefine.refinement.rounds import Refinement
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

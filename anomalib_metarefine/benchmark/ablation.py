@@ -23,7 +23,8 @@ from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score, position_code
 from anomalib_metarefine.density.scorer import PatchScorer
-from anomalib_metarefine.model.fitting import (
+from anomalib_metarefine.model.initialisation import learn_together
+from anomalib_metarefine.refinement.engine import (
     Density,
     DensityFitter,
     FitSettings,
@@ -31,7 +32,6 @@ from anomalib_metarefine.model.fitting import (
     learn_initialisation,
     new_flow,
 )
-from anomalib_metarefine.model.initialisation import learn_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

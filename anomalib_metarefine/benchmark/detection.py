@@ -24,11 +24,11 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.curation.contamination import estimate_contamination, further_scales
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
-from anomalib_metarefine.features.collect import collect_features
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow
+from anomalib_metarefine.features.extract import collect_features
+from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow
+from anomalib_metarefine.refinement.posterior import estimate_contamination, further_scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -32,7 +32,7 @@ from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow
+from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -25,12 +25,13 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from anomalib_metarefine.benchmark.report.drawing import Picture, canvas, look
-from anomalib_metarefine.curation.gather import gather, versions
-from anomalib_metarefine.curation.sources import EXTENSIONS
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
+from anomalib_metarefine.features.gather import gather, versions
+from anomalib_metarefine.images.sources import EXTENSIONS
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch
 from anomalib_metarefine.meta.landscape import largest_eigenvalue, random_direction, rises, surface
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow, progress_bars, trainable
+from anomalib_metarefine.progress import progress_bars
+from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow, trainable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -63,7 +63,7 @@ def _run(config: BenchConfig, options: argparse.Namespace) -> int:
     from anomalib_metarefine.benchmark.parallel import run
     from anomalib_metarefine.benchmark.table import ResultTable
     from anomalib_metarefine.benchmark.training import hush
-    from anomalib_metarefine.model.fitting import progress_bars
+    from anomalib_metarefine.progress import progress_bars
 
     hush()
     out = options.out or Path("results") / f"{options.config.stem}.csv"

@@ -58,7 +58,7 @@ def _curate(options: argparse.Namespace) -> int:
         msg = f"--fail-above must be a share in [0, 1], found {options.fail_above:g}."
         raise ValueError(msg)
     from anomalib_metarefine.curation.curate import curate
-    from anomalib_metarefine.curation.review import read_decisions, remember
+    from anomalib_metarefine.curation.decisions import read_decisions, remember
 
     names = ["root", "backbone", "rule", "rounds", "seed", "batch_size", "quality"]
     settings = {name: getattr(options, name) for name in names}
@@ -95,8 +95,8 @@ def _review_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _review(options: argparse.Namespace) -> int:
+    from anomalib_metarefine.curation.decisions import decide, propose, read_decisions, remember, template
     from anomalib_metarefine.curation.manifest import Manifest
-    from anomalib_metarefine.curation.review import decide, propose, read_decisions, remember, template
 
     manifest = Manifest.read(options.manifest)
     folder = _folder(options.manifest)

@@ -24,7 +24,7 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from anomalib_metarefine.curation.sources import read_source
+    from anomalib_metarefine.images.sources import read_source
     from anomalib_metarefine.model.calibration import calibrate_checkpoint
 
     paths = read_source(options.data).paths if options.data else None
@@ -51,8 +51,8 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from anomalib_metarefine.curation.sources import read_source
-    from anomalib_metarefine.deploy.verify import verify_deployment
+    from anomalib_metarefine.images.sources import read_source
+    from anomalib_metarefine.model.verify import verify_deployment
 
     paths = read_source(options.data).paths
     paths = paths[:: -(-len(paths) // options.limit)]
@@ -101,9 +101,9 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _watch(options: argparse.Namespace) -> int:
     from anomalib_metarefine.deploy.arrivals import Rules
-    from anomalib_metarefine.deploy.runtime import Detector
+    from anomalib_metarefine.deploy.detector import Detector
     from anomalib_metarefine.deploy.watch import WatchSettings, watch
-    from anomalib_metarefine.features.readable import EXTENSIONS
+    from anomalib_metarefine.images.reading import EXTENSIONS
 
     named = {name: getattr(options, name) for name in ("device", "precision", "streams", "threads", "verify")}
     detector = Detector(options.model, **named)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from anomalib_metarefine.model.fitting import FitSettings
+    from anomalib_metarefine.refinement.engine import FitSettings
 
 
 def _landscape_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +56,7 @@ def _settings(texts: Sequence[str]) -> FitSettings:
     """
     from anomalib_metarefine.meta.algorithms import get_algorithm
     from anomalib_metarefine.meta.maml import get_learner
-    from anomalib_metarefine.model.fitting import FitSettings
+    from anomalib_metarefine.refinement.engine import FitSettings
 
     defaults = vars(FitSettings())
     chosen = {}

@@ -13,7 +13,7 @@ import pandas as pd
 
 from anomalib_metarefine.curation.manifest import data_sha256, write_text
 from anomalib_metarefine.curation.repair import Repairer, encoded
-from anomalib_metarefine.curation.sources import absolute, some
+from anomalib_metarefine.images.sources import absolute, some
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

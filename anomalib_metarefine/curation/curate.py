@@ -17,22 +17,23 @@ import numpy as np
 import pandas as pd
 import torch
 
-from anomalib_metarefine.curation.contamination import Contamination, estimate_contamination, further_scales
+from anomalib_metarefine.curation.decisions import load_remembered, read_decisions
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
-from anomalib_metarefine.curation.gather import gather, versions
 from anomalib_metarefine.curation.manifest import Manifest, data_sha256
-from anomalib_metarefine.curation.quality import ImageFacts
 from anomalib_metarefine.curation.report import write_report
-from anomalib_metarefine.curation.review import load_remembered, read_decisions
-from anomalib_metarefine.curation.rules import get_rule
-from anomalib_metarefine.curation.sources import EXTENSIONS, some
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, new_flow, progress_bars
+from anomalib_metarefine.features.gather import gather, versions
+from anomalib_metarefine.images.quality import ImageFacts
+from anomalib_metarefine.images.sources import EXTENSIONS, some
+from anomalib_metarefine.progress import progress_bars
+from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow
+from anomalib_metarefine.refinement.posterior import Contamination, estimate_contamination, further_scales
+from anomalib_metarefine.refinement.rules import get_rule
 
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
 
-    from anomalib_metarefine.curation.refine import Refinement
+    from anomalib_metarefine.refinement.rounds import Refinement
 
 _REVIEW_PROBABILITY = 0.3  # kept images from which on a person should look
 _MOST_REVIEW = 0.1  # share of the images that a person is asked to look at

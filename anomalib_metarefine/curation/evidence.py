@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from anomalib_metarefine.curation.patches import LEAST_REPAIRED, outside_regions
+from anomalib_metarefine.refinement.patches import LEAST_REPAIRED, outside_regions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from anomalib_metarefine.model.fitting import DensityFitter
+    from anomalib_metarefine.refinement.engine import DensityFitter
 
 _COARSE = 4  # rows and columns of the pooled embedding that images are compared by
 _FEWEST_GROUPED = 6  # images: fewer are seen at a glance

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from anomalib_metarefine.curation.sources import absolute, load_datamodule, read_table, set_up_without_validation, some
+from anomalib_metarefine.images.sources import absolute, load_datamodule, read_table, set_up_without_validation, some
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

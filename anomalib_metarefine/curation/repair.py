@@ -1,6 +1,6 @@
 """Repair: a place that looks unusual is replaced by the same place of another image, for models that take whole images.
 
-Where no image stands apart as a whole, refinement leaves out regions of images (`curation/patches.py`). Other models
+Where no image stands apart as a whole, refinement leaves out regions of images (`refinement/patches.py`). Other models
 can't do that, but an image without its defect serves them as well: the region is taken from the image that fits its
 surroundings best, brought to their brightness, and faded in. This is for parts that lie alike in all images; for others
 there are no such regions to begin with.

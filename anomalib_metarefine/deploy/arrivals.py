@@ -12,8 +12,8 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, NamedTuple
 
-from anomalib_metarefine.deploy.runtime import UnreadableImageError
-from anomalib_metarefine.features.readable import EXTENSIONS
+from anomalib_metarefine.deploy.detector import UnreadableImageError
+from anomalib_metarefine.images.reading import EXTENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

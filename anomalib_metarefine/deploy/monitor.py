@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from anomalib_metarefine.deploy.drift import DriftMonitor, DynamicThreshold
 
 if TYPE_CHECKING:
-    from anomalib_metarefine.deploy.runtime import Detector
+    from anomalib_metarefine.deploy.detector import Detector
 
 
 class Monitor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anomalib_metarefine.deploy.arrivals import Arrival, look
-from anomalib_metarefine.deploy.runtime import Detector, Prediction, UnreadableImageError, read_image
+from anomalib_metarefine.deploy.detector import Detector, Prediction, UnreadableImageError, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable

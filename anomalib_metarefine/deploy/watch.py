@@ -16,11 +16,11 @@ from rich.text import Text
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.deploy.arrivals import Arrival, Folder, Lines, Rules, Seen
+from anomalib_metarefine.deploy.detector import DECISIONS, Detector
 from anomalib_metarefine.deploy.journal import Journal, Printer, Results
 from anomalib_metarefine.deploy.monitor import Monitor, Recovery
 from anomalib_metarefine.deploy.overlay import write_overlay
 from anomalib_metarefine.deploy.pipeline import ChangingFileError, Job, Pipeline
-from anomalib_metarefine.deploy.runtime import DECISIONS, Detector
 from anomalib_metarefine.deploy.stopping import stop_on_signals
 
 if TYPE_CHECKING:

@@ -129,7 +129,7 @@ def get_learner(backend: str) -> MetaLearner:
     if backend == "torch":
         return TorchLearner()
     if backend == "learn2learn":
-        from anomalib_metarefine.meta.learn2learn_backend import Learn2LearnLearner
+        from anomalib_metarefine.meta.learn2learn import Learn2LearnLearner
 
         return Learn2LearnLearner()
     msg = f"There is no meta-learning backend {backend!r}. Choose one of {list(BACKENDS)}."

@@ -13,8 +13,8 @@ from anomalib.post_processing import PostProcessor
 from anomalib.utils.serialization import anomalib_safe_globals
 
 from anomalib_metarefine.deploy.threshold import Calibration, calibrate
-from anomalib_metarefine.features.readable import check_images
-from anomalib_metarefine.model.fitting import progress_bars
+from anomalib_metarefine.images.reading import check_images
+from anomalib_metarefine.progress import progress_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

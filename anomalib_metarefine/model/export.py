@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import openvino as ov
     from anomalib.data import AnomalibDataModule
 
-    from anomalib_metarefine.curation.refine import Refinement
     from anomalib_metarefine.model.lightning_model import MetaRefine
+    from anomalib_metarefine.refinement.rounds import Refinement
 
 _CALIBRATION_IMAGES = 300  # what NNCF recommends
 _STEM = 3  # convolutions; quantising the first costs 1.7 points of image AUROC on ELPV mono, all after these nothing

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anomalib_metarefine.curation.gather import gather, versions
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.embedding import Whitening
+from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.meta.maml import Initialisation
-from anomalib_metarefine.model.fitting import (
+from anomalib_metarefine.progress import progress_bars
+from anomalib_metarefine.refinement.engine import (
     DensityFitter,
     FitSettings,
     flow_loss,
     initial_guess,
     learn_initialisation,
     new_flow,
-    progress_bars,
     trainable,
 )
 

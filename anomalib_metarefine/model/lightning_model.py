@@ -27,21 +27,22 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_metarefine.curation.refine import Refinement
-from anomalib_metarefine.curation.rules import get_rule
 from anomalib_metarefine.features.backbone import normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
-from anomalib_metarefine.features.readable import check_images
 from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
 from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.images.reading import check_images
 from anomalib_metarefine.meta.algorithms import get_algorithm
 from anomalib_metarefine.meta.maml import BACKENDS, Initialisation, get_learner
 from anomalib_metarefine.meta.synthetic import KINDS, SyntheticAnomalies
 from anomalib_metarefine.model.calibration import calibrate_model
 from anomalib_metarefine.model.export import data_hashes, describe, exportable, quantize
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, progress_bars
 from anomalib_metarefine.model.initialisation import SharedInitialisation
 from anomalib_metarefine.model.torch_model import MetaRefineModel
+from anomalib_metarefine.progress import progress_bars
+from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings
+from anomalib_metarefine.refinement.rounds import Refinement
+from anomalib_metarefine.refinement.rules import get_rule
 
 if TYPE_CHECKING:
     import openvino
@@ -90,14 +91,14 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             round fits the density anew, from the meta-learned initialisation, as in the paper.
         neighbour_weight (float): Weight of the distance to the nearest other images in that score.
         likeness_weight (float): How much it also counts whether what is unusual about an image is what is unusual about
-            other suspicious images (`curation.likeness`); resemblance to rejected ones counts twice that. 0 leaves it
+            other suspicious images (`refinement.likeness`); resemblance to rejected ones counts twice that. 0 leaves it
             to the score. Needs 20 images and ``neighbour_weight`` above 0.
         rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
             contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
         rounds (int): Rounds of refinement at most; 0 trains on everything.
         patch_fence (float): Where refinement rejects no image, regions of patches that lie this many spreads further
             from their like than other patches of the same place are not learned from; 0 learns from all. Where parts
-            lie anywhere, all are learned from anyway (`curation.patches`). Needs 80 images and ``neighbour_weight``
+            lie anywhere, all are learned from anyway (`refinement.patches`). Needs 80 images and ``neighbour_weight``
             above 0.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the

@@ -17,7 +17,7 @@ from anomalib_metarefine.features.resize import ExactResize
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anomalib_metarefine.model.fitting import Density
+    from anomalib_metarefine.refinement.engine import Density
 
 
 class MetaRefineModel(nn.Module):

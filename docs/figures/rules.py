@@ -20,8 +20,9 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from anomalib_metarefine.curation.contamination import further_scales
-from anomalib_metarefine.curation.rules import RULES, get_rule, lower_side_scale
+from anomalib_metarefine.refinement.posterior import further_scales
+from anomalib_metarefine.refinement.rules import RULES, get_rule
+from anomalib_metarefine.robust import lower_side_scale
 
 _GOOD, _DEFECTIVE, _FENCE = "#56B4E9", "#D55E00", "#000000"  # Okabe and Ito's palette: safe for colour-blind readers
 _IMAGES = 300

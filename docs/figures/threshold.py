@@ -34,10 +34,10 @@ from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, imag
 from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.deploy.threshold import calibrate
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
-from anomalib_metarefine.features.collect import collect_features
 from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
+from anomalib_metarefine.features.extract import collect_features
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings
+from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings
 
 _GOOD, _DEFECTIVE, _LINE = "#56B4E9", "#D55E00", "#000000"  # Okabe and Ito's palette: safe for colour-blind readers
 _PATCHES = 60_000  # for the whitening

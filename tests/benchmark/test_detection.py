@@ -6,8 +6,8 @@ import pytest
 
 from anomalib_metarefine.benchmark import detection
 from anomalib_metarefine.benchmark.detection import main, summarise
-from anomalib_metarefine.curation.contamination import estimate_contamination
-from anomalib_metarefine.model import fitting
+from anomalib_metarefine.refinement import engine as fitting
+from anomalib_metarefine.refinement.posterior import estimate_contamination
 from tests.conftest import part
 
 pytestmark = pytest.mark.usefixtures("short_chains")

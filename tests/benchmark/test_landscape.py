@@ -9,7 +9,7 @@ import pytest
 
 from anomalib_metarefine.benchmark.landscape import Around, Landscape, loss_landscape
 from anomalib_metarefine.cli import main
-from anomalib_metarefine.model.fitting import FitSettings
+from anomalib_metarefine.refinement.engine import FitSettings
 
 FILES = ["landscape.json", "landscape.png", "landscape.svg"]
 SMALL = ["--image-size", "96", "96", "--points", "5", "--directions", "3", "--patches", "256"]

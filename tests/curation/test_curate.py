@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from anomalib_metarefine.cli import main
-from anomalib_metarefine.curation.contamination import estimate_contamination
 from anomalib_metarefine.curation.curate import _rejected_since, curate
 from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
-from anomalib_metarefine.curation.refine import Refinement, Round
-from anomalib_metarefine.model.fitting import FitSettings
+from anomalib_metarefine.refinement.engine import FitSettings
+from anomalib_metarefine.refinement.posterior import estimate_contamination
+from anomalib_metarefine.refinement.rounds import Refinement, Round
 from tests.conftest import folder, part, plate
 
 pytestmark = pytest.mark.usefixtures("short_chains")

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from anomalib_metarefine.curation import report
+from anomalib_metarefine.curation.decisions import read_decisions
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.report import overlay, thumbnail, write_report
-from anomalib_metarefine.curation.review import read_decisions
 
 ODD_NAMES = ["<b>bold & \"quoted\" 'name'.png", "größe 部品.png", "50% #1?.png", "a, b.png", "sub/ü/{{ 7 * 7 }}.png"]
 FENCE = 4.0

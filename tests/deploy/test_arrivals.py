@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from anomalib_metarefine.curation import sources
 from anomalib_metarefine.deploy import arrivals
 from anomalib_metarefine.deploy.arrivals import Arrival, Folder, Lines, Rules, Seen, look
-from anomalib_metarefine.deploy.runtime import UnreadableImageError
+from anomalib_metarefine.deploy.detector import UnreadableImageError
+from anomalib_metarefine.images import sources
 
 BROKEN, LOCKED = UnreadableImageError("cut off"), PermissionError(13, "locked")
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
-from anomalib_metarefine.deploy.runtime import Detector, read_image
+from anomalib_metarefine.deploy.detector import Detector, read_image
 from tests.deploy.conftest import grey, save
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

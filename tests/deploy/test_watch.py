@@ -18,8 +18,8 @@ from PIL import Image
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
 from anomalib_metarefine.deploy.arrivals import Rules
+from anomalib_metarefine.deploy.detector import Detector, read_image
 from anomalib_metarefine.deploy.monitor import Monitor
-from anomalib_metarefine.deploy.runtime import Detector, read_image
 from anomalib_metarefine.deploy.sidecar import read_sidecar, write_sidecar
 from anomalib_metarefine.deploy.watch import WatchSettings, watch
 from tests.deploy.conftest import brightness_model, grey, save

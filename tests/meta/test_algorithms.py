@@ -3,7 +3,7 @@ import torch
 
 from anomalib_metarefine.density.flow import PatchFlow
 from anomalib_metarefine.meta.algorithms import ALGORITHMS, Algorithm, get_algorithm, initialise
-from anomalib_metarefine.model.fitting import trainable
+from anomalib_metarefine.refinement.engine import trainable
 
 BLOCKS = 3
 

@@ -10,9 +10,9 @@ import torch
 from anomalib_metarefine.features.backbone import Backbone
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.meta.algorithms import ALGORITHMS
-from anomalib_metarefine.model.fitting import FitSettings, initial_guess, trainable
 from anomalib_metarefine.model.initialisation import SharedInitialisation, describe, learn_shared
 from anomalib_metarefine.model.torch_model import MetaRefineModel
+from anomalib_metarefine.refinement.engine import FitSettings, initial_guess, trainable
 from tests.conftest import part
 
 SIZE = {"dimensions": 16, "blocks": 2, "hidden": 8}

@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from anomalib_metarefine import Contaminated, MetaRefine
-from anomalib_metarefine.model.fitting import FitSettings
 from anomalib_metarefine.model.initialisation import SharedInitialisation, learn_shared
 from anomalib_metarefine.model.torch_model import MetaRefineModel
+from anomalib_metarefine.refinement.engine import FitSettings
 from tests.conftest import folder, plate
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")

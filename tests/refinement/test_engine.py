@@ -3,13 +3,14 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from anomalib_metarefine.curation import patches
-from anomalib_metarefine.curation.rules import PosteriorFence, lower_side_scale
 from anomalib_metarefine.density.flow import bits_per_dimension
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.meta.episodes import PatchBatch
-from anomalib_metarefine.model import fitting
-from anomalib_metarefine.model.fitting import DensityFitter, FitSettings, flow_loss, new_flow, trainable
+from anomalib_metarefine.refinement import engine as fitting
+from anomalib_metarefine.refinement import patches
+from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, flow_loss, new_flow, trainable
+from anomalib_metarefine.refinement.rules import PosteriorFence
+from anomalib_metarefine.robust import lower_side_scale
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from anomalib_metarefine import __version__
-from anomalib_metarefine.curation.quality import ImageFacts, inspect_images
-from anomalib_metarefine.curation.sources import EXTENSIONS, Source, read_source
-from anomalib_metarefine.features.collect import collect_features
+from anomalib_metarefine.features.extract import collect_features
 from anomalib_metarefine.features.resize import suggested_size
+from anomalib_metarefine.images.quality import ImageFacts, inspect_images
+from anomalib_metarefine.images.sources import EXTENSIONS, Source, read_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy.stats import exponnorm
 
-from anomalib_metarefine.curation import contamination
-from anomalib_metarefine.curation.contamination import estimate_contamination, further_scales
-from anomalib_metarefine.curation.rules import PosteriorFence
+from anomalib_metarefine.refinement import posterior as contamination
+from anomalib_metarefine.refinement.posterior import estimate_contamination, further_scales
+from anomalib_metarefine.refinement.rules import PosteriorFence
 
 
 def mixture(dirty: int, clean: int = 300, shift: float = 7.0, seed: int = 0) -> np.ndarray:

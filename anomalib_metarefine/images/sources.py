@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from anomalib_metarefine.features.readable import EXTENSIONS
+from anomalib_metarefine.images.reading import EXTENSIONS
 
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule

@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch.func import functional_call
 from torch.nn import functional
 
-from anomalib_metarefine.curation.contamination import further_scales
-from anomalib_metarefine.curation.likeness import FEWEST_IMAGES, deviations, likeness, reordered, resemblance
-from anomalib_metarefine.curation.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
-from anomalib_metarefine.curation.refine import Refinement, Round, refine
-from anomalib_metarefine.curation.rules import PosteriorFence, get_rule
-from anomalib_metarefine.curation.scores import hybrid
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
 from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
 from anomalib_metarefine.features.neighbours import NearestImages
@@ -29,6 +23,12 @@ from anomalib_metarefine.meta.algorithms import get_algorithm, initialise
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_patches
 from anomalib_metarefine.meta.maml import Initialisation, Parameters, get_learner
 from anomalib_metarefine.meta.training import Category, MetaSettings, meta_train
+from anomalib_metarefine.refinement.likeness import FEWEST_IMAGES, deviations, likeness, reordered, resemblance
+from anomalib_metarefine.refinement.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
+from anomalib_metarefine.refinement.posterior import further_scales
+from anomalib_metarefine.refinement.rounds import Refinement, Round, refine
+from anomalib_metarefine.refinement.rules import PosteriorFence, get_rule
+from anomalib_metarefine.refinement.scores import hybrid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -414,9 +414,3 @@ def flow_loss(flow: PatchFlow, trim: float, ranking: float) -> Loss:
         return likelihood + ranking * functional.softplus(pairs).mean()
 
     return loss
-
-
-def progress_bars(enabled: bool) -> Progress:
-    """Bars with counts and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not enabled)

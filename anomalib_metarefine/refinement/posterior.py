@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.special import expit, log_ndtr, logsumexp
 
-from anomalib_metarefine.curation.rules import evenly_spaced, lower_side_scale
+from anomalib_metarefine.robust import evenly_spaced, lower_side_scale
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

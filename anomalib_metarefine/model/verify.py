@@ -14,7 +14,7 @@ import numpy as np
 from rich.progress import track
 from sklearn.metrics import roc_auc_score
 
-from anomalib_metarefine.deploy.runtime import Detector, read_image
+from anomalib_metarefine.deploy.detector import Detector, read_image
 from anomalib_metarefine.model.calibration import load_model, raw_scores
 from anomalib_metarefine.model.export import score_scales
 

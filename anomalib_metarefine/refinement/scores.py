@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anomalib_metarefine.curation.rules import lower_side_scale
+from anomalib_metarefine.robust import lower_side_scale
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

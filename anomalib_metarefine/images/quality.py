@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from anomalib_metarefine.curation.duplicates import THUMBNAIL, first_of_exact_copies, first_of_near_copies, thumbnail
-from anomalib_metarefine.curation.rules import lower_side_scale
+from anomalib_metarefine.images.duplicates import THUMBNAIL, first_of_exact_copies, first_of_near_copies, thumbnail
+from anomalib_metarefine.robust import lower_side_scale
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

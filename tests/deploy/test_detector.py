@@ -13,8 +13,8 @@ from anomalib.data.utils import read_image as anomalib_read_image
 from PIL import Image
 
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
-from anomalib_metarefine.deploy import runtime
-from anomalib_metarefine.deploy.runtime import Detector, UnreadableImageError, read_image
+from anomalib_metarefine.deploy import detector as runtime
+from anomalib_metarefine.deploy.detector import Detector, UnreadableImageError, read_image
 from tests.deploy.conftest import brightness_model, brightness_onnx, grey, save
 
 RNG = np.random.default_rng(0)
@@ -172,7 +172,7 @@ class TestRefuses:
 
 
 def test_exits_while_images_are_in_flight(brightness):
-    code = "import sys, numpy as np; from anomalib_metarefine.deploy.runtime import Detector\n"
+    code = "import sys, numpy as np; from anomalib_metarefine.deploy.detector import Detector\n"
     code += "detector = Detector(sys.argv[1], streams=4)\n"
     code += "answers = [detector.submit(np.zeros((2000, 2000, 3), np.uint8)) for _ in range(4)]"
     for _ in range(3):
@@ -188,7 +188,7 @@ def test_fingerprint_follows_the_files(brightness, tmp_path):
 
 
 def test_imports_neither_torch_nor_anomalib():
-    code = "import sys, anomalib_metarefine.deploy.runtime, anomalib_metarefine.deploy.watch\n"
+    code = "import sys, anomalib_metarefine.deploy.detector, anomalib_metarefine.deploy.watch\n"
     code += "print([m for m in ('torch', 'anomalib', 'lightning', 'pandas', 'cv2') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -6,9 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_metarefine.curation.contamination import estimate_contamination
-from anomalib_metarefine.curation.manifest import Manifest
-from anomalib_metarefine.curation.review import (
+from anomalib_metarefine.curation.decisions import (
     decide,
     load_remembered,
     propose,
@@ -17,6 +15,8 @@ from anomalib_metarefine.curation.review import (
     review_queue,
     template,
 )
+from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.refinement.posterior import estimate_contamination
 from tests.curation.test_manifest import make_manifest
 
 NAMES = [f"{i}.png" for i in range(6)]

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from anomalib_metarefine.features.backbone import Backbone
-from anomalib_metarefine.features.collect import collect_features
+from anomalib_metarefine.features.extract import collect_features
 from anomalib_metarefine.model.lightning_model import MetaRefine
 
 NAME = "tf_efficientnet_lite0"

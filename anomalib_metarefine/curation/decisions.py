@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anomalib_metarefine.curation.contamination import estimate_contamination, further_scales
 from anomalib_metarefine.curation.manifest import Manifest, write_text
-from anomalib_metarefine.curation.sources import read_table, some
+from anomalib_metarefine.images.sources import read_table, some
+from anomalib_metarefine.refinement.posterior import estimate_contamination, further_scales
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_metarefine.curation.refine import Refinement, refine
-from anomalib_metarefine.curation.rules import ShorthFence, TukeyFence
+from anomalib_metarefine.refinement.rounds import Refinement, refine
+from anomalib_metarefine.refinement.rules import ShorthFence, TukeyFence
 
 VALUES = np.concatenate([np.random.default_rng(0).normal(0, 1, 90), np.full(10, 30.0)])
 PATHS = [f"{i:03d}.png" for i in range(100)]

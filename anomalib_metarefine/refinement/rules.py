@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 import numpy as np
 
+from anomalib_metarefine.robust import NORMAL_MAD, lower_side_scale
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_NORMAL_MAD = 1.4826  # median absolute deviation of a normal distribution, inverted
-_MEDCOUPLE_SCORES = 1000  # the exact medcouple takes memory of the order of their square
 _MIXTURE_FEWEST = 10  # scores; the five parameters of two components are not to be had from fewer
 _MIXTURE_LIMITS = (-4.0, 12.0)  # lower-side spreads: beyond, how far out a score lies must not shape a component
 _MIXTURE_VARIANCE = 0.01  # squared spreads: no component narrower than a tenth of one, so that small ties are none
@@ -74,49 +74,6 @@ class TukeyFence:
 
 
 @dataclass(frozen=True)
-class AdjustedBoxplot:
-    """Tukey's fence with a whisker that follows the skewness: ``Q3 + whisker * exp(3 MC) * IQR``.
-
-    ``MC`` in [-1, 1] is the medcouple, a robust skewness; where it is negative, ``exp(4 MC)`` takes the place of
-    ``exp(3 MC)``. It is computed from at most 1,000 evenly spaced order statistics.
-
-    Breakdown point 25 %, that of the quartiles and of the medcouple. Dirty images are themselves a skewness, though:
-    long before that share the whisker grows, up to twentyfold. Keeps the images up to Q3 at least. Use it on clean or
-    nearly clean sets with a long upper tail, where Tukey's fence rejects good images.
-
-    Args:
-        whisker (float): Above 0.
-
-    References:
-        Hubert and Vandervieren, "An adjusted boxplot for skewed distributions", Computational Statistics & Data
-        Analysis, 2008; Brys, Hubert and Struyf, "A Robust Measure of Skewness", 2004 (the medcouple).
-
-    Example:
-        >>> AdjustedBoxplot().fence(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))  # not skewed: Tukey's fence
-        7.0
-    """
-
-    whisker: float = 1.5
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "whisker")
-
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        lower, upper = np.quantile(scores, [0.25, 0.75])
-        if upper <= lower:
-            return float("inf")
-        from statsmodels.stats.stattools import medcouple
-
-        ordered = np.sort(scores)
-        thinned = evenly_spaced(len(ordered), _MEDCOUPLE_SCORES)
-        # statsmodels' fast way is wrong where scores are few or tied.
-        skewness = float(medcouple(ordered[thinned], use_fast=False))
-        factor = math.exp((3 if skewness >= 0 else 4) * skewness)
-        return float(upper + self.whisker * factor * (upper - lower))
-
-
-@dataclass(frozen=True)
 class MADFence:
     """``median + k * 1.4826 * MAD``, where MAD is the median absolute deviation from the median.
 
@@ -143,7 +100,7 @@ class MADFence:
     def fence(self, scores: np.ndarray) -> float:
         """See `Rule.fence`."""
         centre = float(np.median(scores))
-        spread = _NORMAL_MAD * float(np.median(np.abs(scores - centre)))
+        spread = NORMAL_MAD * float(np.median(np.abs(scores - centre)))
         return centre + self.k * spread if spread > 0 else float("inf")
 
 
@@ -174,36 +131,6 @@ class ShorthFence:
         """See `Rule.fence`."""
         centre, spread = lower_side_scale(scores)
         return centre + self.width * spread if spread > 0 else float("inf")
-
-
-@dataclass(frozen=True)
-class ModeFence:
-    """``mode + width * spread``: the half-sample mode, and the scaled median distance of the scores *below* it.
-
-    Breakdown point 50 %. On a few hundred scores the mode is unstable: it may settle on any cluster of close scores, at
-    worst near the lowest, and the spread below shrinks with it. Clean sets of 300 images lost 89 of them on average
-    (docs/results.md). All it guarantees is that the images up to the mode are kept. Use it on thousands of scores
-    with one clear peak; otherwise `ShorthFence` is the same idea on firmer ground.
-
-    Args:
-        width (float): Above 0.
-
-    References:
-        Robertson and Cryer, "An Iterative Procedure for Estimating the Mode", 1974; Bickel and Fruehwirth, "On a fast,
-        robust estimator of the mode", 2006.
-    """
-
-    width: float = 4.0
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "width")
-
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        ordered = np.sort(scores)
-        mode = half_sample_mode(ordered)
-        spread = _spread_below(ordered, mode)
-        return mode + self.width * spread if spread > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -391,7 +318,7 @@ class PosteriorFence:
 
     def _past(self, scores: np.ndarray, known: Mapping[int, bool]) -> int:
         """How many of the images lie past the fence of these scores."""
-        from anomalib_metarefine.curation.contamination import estimate_contamination
+        from anomalib_metarefine.refinement.posterior import estimate_contamination
 
         order = np.argsort(scores, kind="stable")[::-1]
         probability = estimate_contamination(scores, known=known).dirty_probability[order]
@@ -402,14 +329,12 @@ class PosteriorFence:
 
 
 RULES: dict[str, type[Rule]] = {
-    "adjusted": AdjustedBoxplot,
     "auto": PosteriorFence,
     "count": CountFence,
     "fdr": FDRFence,
     "iqr": TukeyFence,
     "mad": MADFence,
     "mixture": MixtureFence,
-    "mode": ModeFence,
     "share": ShareFence,
     "shorth": ShorthFence,
 }
@@ -467,60 +392,6 @@ def _parse_settings(items: list[str], settings: tuple[Field, ...], types: dict[s
         msg = f"it has no default for {missing[0]}; write {missing[0]}=value after the colon."
         raise ValueError(msg)
     return values
-
-
-def lower_side_scale(scores: np.ndarray) -> tuple[float, float]:
-    """Median of the shorth, and the scaled median distance of the scores below it.
-
-    Args:
-        scores (np.ndarray): ``[N]``, ``N >= 1``.
-
-    Returns:
-        tuple[float, float]: Centre and spread; for normal scores, about their mean and standard deviation.
-    """
-    ordered = np.sort(scores)
-    centre = float(np.median(_densest(ordered, len(ordered) // 2 + 1)))
-    return centre, _spread_below(ordered, centre)
-
-
-def evenly_spaced(count: int, most: int) -> np.ndarray:
-    """Positions of at most ``most`` of ``count`` sorted scores, the first and the last among them."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
-
-
-def half_sample_mode(scores: np.ndarray) -> float:
-    """The mode by halving: the densest half of the densest half and so on, until at most three scores are left.
-
-    Of two the mean is the mode, of three the mean of the closer pair (the middle one if neither is closer). Of equally
-    dense halves the lower one is taken, as normal images score low.
-
-    Args:
-        scores (np.ndarray): ``[N]``, ``N >= 1``.
-
-    Returns:
-        float: The mode.
-
-    References:
-        Bickel and Fruehwirth, "On a fast, robust estimator of the mode", 2006.
-    """
-    ordered = np.sort(scores)
-    while len(ordered) > 3:
-        ordered = _densest(ordered, math.ceil(len(ordered) / 2))
-    if len(ordered) == 3:
-        below, above = np.diff(ordered)
-        ordered = ordered[:2] if below < above else ordered[1:] if above < below else ordered[1:2]
-    return float(ordered.mean())
-
-
-def _densest(ordered: np.ndarray, count: int) -> np.ndarray:
-    """The shortest run of ``count`` of the sorted scores, the lowest of those equally short."""
-    start = int(np.argmin(ordered[count - 1 :] - ordered[: len(ordered) - count + 1]))
-    return ordered[start : start + count]
-
-
-def _spread_below(ordered: np.ndarray, centre: float) -> float:
-    """Scaled median distance of the scores up to ``centre`` from it: what anomalies, being high, cannot touch."""
-    return float(_NORMAL_MAD * np.median(centre - ordered[ordered <= centre]))
 
 
 def _upper_component_from(standardised: np.ndarray) -> float:

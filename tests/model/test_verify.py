@@ -8,8 +8,8 @@ import torch
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
 from anomalib_metarefine.deploy.sidecar import SIDECAR
-from anomalib_metarefine.deploy.verify import verify_deployment
 from anomalib_metarefine.model.calibration import raw_scores
+from anomalib_metarefine.model.verify import verify_deployment
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_ranking_that_suffers(trained, cells, monkeypatch):
     moved = raw_scores(trained.model, paths)
     defective = np.array([path.parent.name == "cracked" for path in paths])
     better = moved._replace(image=moved.image * np.where(defective, 1.05, 0.95))
-    monkeypatch.setattr("anomalib_metarefine.deploy.verify.raw_scores", lambda *args, **settings: better)
+    monkeypatch.setattr("anomalib_metarefine.model.verify.raw_scores", lambda *args, **settings: better)
     found = verify_deployment(trained.folder, trained.checkpoint, paths, runs=2)
     assert any(problem.startswith("image AUROC falls from") for problem in found.problems)
 

@@ -2,7 +2,7 @@ import hashlib
 
 from PIL import Image
 
-from anomalib_metarefine.features.readable import check_images
+from anomalib_metarefine.images.reading import check_images
 
 
 def test_tells_the_readable_from_the_broken(tmp_path):

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_metarefine.curation.gather import gather, versions
 from anomalib_metarefine.features.backbone import Backbone
+from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
-from anomalib_metarefine.model.fitting import progress_bars
+from anomalib_metarefine.progress import progress_bars
 from tests.conftest import part
 
 

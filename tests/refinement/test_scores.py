@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from anomalib_metarefine.curation.rules import lower_side_scale
-from anomalib_metarefine.curation.scores import hybrid
+from anomalib_metarefine.refinement.scores import hybrid
+from anomalib_metarefine.robust import lower_side_scale
 
 RNG = np.random.default_rng(0)
 PARTS = {"likelihood": RNG.normal(5, 0.1, 40), "neighbours": RNG.normal(100, 20, 40)}

@@ -9,42 +9,37 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import norm
 
-from anomalib_metarefine.curation import contamination
-from anomalib_metarefine.curation.rules import (
+from anomalib_metarefine.refinement import posterior as contamination
+from anomalib_metarefine.refinement.rules import (
     RULES,
-    AdjustedBoxplot,
     CountFence,
     FDRFence,
     MADFence,
     MixtureFence,
-    ModeFence,
     ShareFence,
     ShorthFence,
     TukeyFence,
     get_rule,
-    half_sample_mode,
-    lower_side_scale,
 )
+from anomalib_metarefine.robust import lower_side_scale
 
 # Rules that cannot go without a setting; all others are tested with their defaults.
 EXAMPLES = {"count": "count:5"}
 # Share of dirty scores that each rule withstands, as documented in its docstring and in docs/rules.md.
 BREAKDOWN = {
-    "adjusted": 0.25,
     "auto": 0.5,
     "count": None,  # a number of images, not a share
     "fdr": 0.5,
     "iqr": 0.25,
     "mad": 0.5,
     "mixture": 0.5,
-    "mode": 0.5,
     "share": 0.1,
     "shorth": 0.5,
 }
 # Share of the images that each rule keeps by itself, whatever the scores; a rule not named keeps at least one image.
-KEPT = {"adjusted": 0.5, "fdr": 0.25, "iqr": 0.5, "mad": 0.5, "mixture": 0.5, "share": 0.9, "shorth": 0.25}
+KEPT = {"fdr": 0.25, "iqr": 0.5, "mad": 0.5, "mixture": 0.5, "share": 0.9, "shorth": 0.25}
 # In ranges of the clean scores above their maximum: no default rule whose fence is a multiple of a bounded spread
-# goes further (the adjusted boxplot's 1.5 exp(3) ranges are the longest whisker).
+# goes further.
 FURTHEST = 31.0
 
 all_rules = pytest.mark.parametrize("name", sorted(RULES))
@@ -162,7 +157,7 @@ def test_robust_fences_hold_below_half(rule, share):
     assert rejected[:-dirty].mean() < 0.05
 
 
-@pytest.mark.parametrize("rule", [TukeyFence(), AdjustedBoxplot()])
+@pytest.mark.parametrize("rule", [TukeyFence()])
 def test_quartile_fences_break_down_past_a_quarter(rule):
     values, dirty = clean_and_dirty(0.3)
     assert not (values > rule.fence(values)).any()
@@ -184,64 +179,9 @@ def test_scale_of_normal_scores():
     assert spread == pytest.approx(2, rel=0.2)
 
 
-def naive_medcouple(values: np.ndarray) -> float:
-    """By its definition: the median of the kernel over all pairs around the median (Brys, Hubert and Struyf, 2004)."""
-    median = np.median(values)
-    lower, upper = np.sort(values[values <= median])[::-1], np.sort(values[values >= median])
-    ties = int((values == median).sum())
-    kernel = []
-    for i, below in enumerate(lower):
-        for j, above in enumerate(upper):
-            if below == above:  # both equal the median: the i-th and j-th of its ties
-                kernel.append(np.sign(i + j - ties + 1))
-            else:
-                kernel.append(((above - median) - (median - below)) / (above - below))
-    return float(np.median(kernel))
-
-
-@given(arrays(np.float64, st.integers(2, 40), elements=st.integers(-8, 8).map(float)))
-@few_examples
-def test_adjusted_boxplot_agrees_with_the_definition_of_the_medcouple(values):
-    lower, upper = np.quantile(values, [0.25, 0.75])
-    skewness = naive_medcouple(values)
-    factor = np.exp(3 * skewness) if skewness >= 0 else np.exp(4 * skewness)
-    expected = upper + 1.5 * factor * (upper - lower) if upper > lower else np.inf
-    assert AdjustedBoxplot().fence(values) == pytest.approx(expected)
-
-
-def test_adjusted_boxplot_follows_the_skewness_of_many_scores():
-    values = np.random.default_rng(0).gamma(1, size=3_001)
-    lower, upper = np.quantile(values, [0.25, 0.75])
-    expected = upper + 1.5 * np.exp(3 * naive_medcouple(values)) * (upper - lower)
-    assert AdjustedBoxplot().fence(values) == pytest.approx(expected, rel=0.01)
-    assert (values > AdjustedBoxplot().fence(values)).mean() < 0.01 < (values > TukeyFence().fence(values)).mean()
-
-
 def test_mad_fence_by_hand():
     # Median 3, absolute deviations 2, 1, 0, 1, 97.
     assert MADFence(k=2).fence(np.array([1.0, 2.0, 3.0, 4.0, 100.0])) == pytest.approx(3 + 2 * 1.4826)
-
-
-@pytest.mark.parametrize(
-    ("values", "mode"),
-    [
-        ([7], 7),
-        ([1, 2], 1.5),
-        ([1, 2, 4], 1.5),
-        ([1, 3, 4], 3.5),
-        ([1, 2, 3], 2),
-        ([1, 2, 4, 4.25, 4.5, 9], 4.25),  # halves of 3: [4, 4.25, 4.5] is shortest; its gaps are equal
-        ([0, 1, 4, 4.25, 5, 9], 4.125),  # [4, 4.25, 5]; the closer pair is 4 and 4.25
-        ([0, 1, 5, 6], 0.5),  # two equally dense halves: the lower one
-    ],
-)
-def test_half_sample_mode_by_hand(values, mode):
-    assert half_sample_mode(np.array(values, dtype=float)) == mode
-
-
-def test_mode_fence_by_hand():
-    # Mode 4.25, distances below it 0, 0.25, 2.25, 3.25.
-    assert ModeFence(width=2).fence(np.array([1, 2, 4, 4.25, 4.5, 9])) == pytest.approx(4.25 + 2 * 1.4826 * 1.25)
 
 
 @pytest.mark.parametrize(("share", "centre", "spread"), [(0.3, 8, 1), (0.1, 7, 1), (0.3, 7, 2), (0.2, 8, 0.5)])
@@ -362,10 +302,8 @@ def test_spec_that_cannot_be_used_says_what_was_found_and_what_is_expected(spec,
     ("rule", "setting", "value"),
     [
         *[(TukeyFence, "whisker", value) for value in (0, -1, math.inf, math.nan)],
-        (AdjustedBoxplot, "whisker", 0),
         (MADFence, "k", 0),
         (ShorthFence, "width", 0),
-        (ModeFence, "width", 0),
         (FDRFence, "level", 0),
         (FDRFence, "level", 1),
         (FDRFence, "tail", 0),

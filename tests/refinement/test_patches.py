@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from anomalib_metarefine.curation.patches import keeps_order, outside_regions, usual_patches
+from anomalib_metarefine.refinement.patches import keeps_order, outside_regions, usual_patches
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from skimage.measure import blur_effect as reference_blur_effect
 
-from anomalib_metarefine.curation.duplicates import first_of_near_copies, residual_energy, thumbnail
-from anomalib_metarefine.curation.quality import blur_effect, inspect_images
+from anomalib_metarefine.images.duplicates import first_of_near_copies, residual_energy, thumbnail
+from anomalib_metarefine.images.quality import blur_effect, inspect_images
 from tests.conftest import part
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from anomalib_metarefine.curation.likeness import deviations, likeness, reordered, resemblance
+from anomalib_metarefine.refinement.likeness import deviations, likeness, reordered, resemblance
 
 COUNT = 60
 
