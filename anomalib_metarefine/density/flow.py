@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 
 import torch
-from anomalib.models.components.flow import AllInOneBlock
 from FrEIA.framework import SequenceINN
+from FrEIA.modules import AllInOneBlock
 from torch import nn
 
 POSITION_CHANNELS = 16
@@ -49,7 +49,6 @@ class PatchFlow(nn.Module):
 
         self.couplings = SequenceINN(dimensions)
         for _ in range(blocks):
-            # anomalib's copy of FrEIA's block: same mathematics, without the views that stop an ONNX export.
             self.couplings.append(
                 AllInOneBlock,
                 cond=0,
@@ -57,6 +56,10 @@ class PatchFlow(nn.Module):
                 subnet_constructor=subnet,
                 affine_clamping=AFFINE_CLAMPING,
             )
+            block = self.couplings.module_list[-1]
+            # FrEIA draws its permutation from NumPy's global state; this one follows torch's seed, as weights do.
+            block.w_perm.data = torch.eye(dimensions)[torch.randperm(dimensions)]
+            block.w_perm_inv.data = block.w_perm.data.T.contiguous()
 
     def forward(self, patches: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map patches to the base distribution.
@@ -78,11 +81,6 @@ class PatchFlow(nn.Module):
         """Negative log-likelihood in bits per dimension, ``[M]``: the patch score."""
         z, log_det = self(patches, positions)
         return bits_per_dimension(z, log_det)
-
-    def in_last_blocks(self, name: str, count: int) -> bool:
-        """Whether the parameter of that name (as in ``named_parameters``) is in one of the last ``count`` couplings."""
-        block = int(name.removeprefix("couplings.module_list.").partition(".")[0])
-        return block >= len(self.couplings.module_list) - count
 
 
 def bits_per_dimension(z: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:

@@ -16,21 +16,21 @@ import itertools
 from typing import TYPE_CHECKING
 
 import torch
-from anomalib.models.components.base.dynamic_buffer import DynamicBufferMixin
 from torch import nn
 
 from anomalib_metarefine.density.flow import AFFINE_CLAMPING, bits_per_dimension
 
 if TYPE_CHECKING:
     from anomalib_metarefine.density.flow import PatchFlow
-    from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
+    from anomalib_metarefine.density.gaussian import PositionalGaussian
+    from anomalib_metarefine.features.embedding import Whitening
 
 _ROOT_BLOCKS = 4  # of a triangular matrix: 5/8 of its entries are left
 _NETWORK_SCALE = 0.1  # by which an `AllInOneBlock` multiplies what its network gives
 _COUPLING = ("weight_in", "bias_in", "weight_out", "bias_out", "log_gain")
 
 
-class PatchScorer(DynamicBufferMixin, nn.Module):
+class PatchScorer(nn.Module):
     """Bits per dimension of the patches of images, on the grid that a density was fitted on; empty before `load`.
 
     ``K`` couplings with ``H`` hidden channels act on ``P`` patches of ``D`` whitened channels.
@@ -101,6 +101,13 @@ class PatchScorer(DynamicBufferMixin, nn.Module):
             z = z * (log_scale + self.log_gain[k]).exp() + translation
             log_det = log_det + log_scale
         return bits_per_dimension(z, log_det.sum(-1))
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object) -> None:
+        """Take the sizes from the checkpoint: before `load` the buffers are empty."""
+        for name, buffer in self.named_buffers():
+            if prefix + name in state_dict:
+                buffer.resize_(state_dict[prefix + name].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _blocks(dimensions: int) -> list[tuple[int, int]]:

@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
-from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
+from anomalib_metarefine.density.gaussian import PositionalGaussian
+from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.meta.algorithms import get_algorithm, initialise
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_patches

@@ -5,8 +5,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from anomalib_metarefine.density.flow import PatchFlow, position_code
+from anomalib_metarefine.density.gaussian import PositionalGaussian
 from anomalib_metarefine.density.scorer import PatchScorer
-from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
+from anomalib_metarefine.features.embedding import Whitening
 
 GRID = (3, 4)
 
