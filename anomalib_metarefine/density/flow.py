@@ -79,11 +79,6 @@ class PatchFlow(nn.Module):
         z, log_det = self(patches, positions)
         return bits_per_dimension(z, log_det)
 
-    def in_last_blocks(self, name: str, count: int) -> bool:
-        """Whether the parameter of that name (as in ``named_parameters``) is in one of the last ``count`` couplings."""
-        block = int(name.removeprefix("couplings.module_list.").partition(".")[0])
-        return block >= len(self.couplings.module_list) - count
-
 
 def bits_per_dimension(z: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:
     """``-log2 p(x) / D`` under a standard normal base: ``z`` ``[... x D]``, ``log_det`` ``[...]``."""
