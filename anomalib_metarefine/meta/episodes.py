@@ -1,9 +1,9 @@
 """Episodes from dirty training images: adapt *from a dirty support set*, be right about normal patches.
 
 A support set is drawn from the training images and dirtied on purpose at a random rate; the query set comes from
-other images and is left as it is. The anomalies are either patches of images that were spoilt before the backbone saw
-them (`meta.synthetic`), or made in feature space, which costs nothing: a patch that belongs to another place of another
-image (cut-and-paste), or one pushed off the data along a random direction.
+other images and is left as it is. The anomalies are made in feature space: a patch that belongs to another place of
+another image (cut-and-paste), or one pushed off the data along a random direction. Anomalies made of images, before the
+backbone, found no more (`studies/meta.md`).
 
 References:
     - Li et al., "CutPaste", arXiv 2104.04015 (the image-space form of the first kind).
@@ -12,15 +12,24 @@ References:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from anomalib_metarefine.meta.training import Category, MetaSettings
-
 _MAX_DIRTY = 0.4  # the highest contamination we expect on a line
 _NOISE = 2.0  # standard deviations of the whitened embedding
+
+
+class Category(NamedTuple):
+    """Images that episodes are drawn from.
+
+    Attributes:
+        images (torch.Tensor): Whitened patches ``[N x P x D]``.
+        positions (torch.Tensor): Their position codes ``[P x 16]``.
+    """
+
+    images: torch.Tensor
+    positions: torch.Tensor
 
 
 class PatchBatch(NamedTuple):
@@ -29,13 +38,10 @@ class PatchBatch(NamedTuple):
     Attributes:
         patches (torch.Tensor): ``[M x D]``.
         positions (torch.Tensor): ``[M x 16]``.
-        anomalous (torch.Tensor | None): ``[M]`` mask of the synthetic anomalies, where a loss is to rank them above the
-            others; ``None`` where it must not know.
     """
 
     patches: torch.Tensor
     positions: torch.Tensor
-    anomalous: torch.Tensor | None = None
 
 
 class Episode(NamedTuple):
@@ -89,61 +95,50 @@ def draw_batch(
     return PatchBatch(images[image, place], positions[place])
 
 
-def dirty(
-    batch: PatchBatch, rate: float, generator: torch.Generator, synthetic: PatchBatch | None = None
-) -> PatchBatch:
-    """Turn a share of the patches into synthetic anomalies; the others are left as they are.
+def dirty(batch: PatchBatch, rate: float, generator: torch.Generator) -> PatchBatch:
+    """Turn a share of the patches into synthetic anomalies, half by cut-and-paste and half by noise.
 
     Args:
-        batch (PatchBatch): ``M`` patches.
+        batch (PatchBatch): ``M`` patches; left as they are.
         rate (float): Share of them, in [0, 1].
         generator (torch.Generator): Source of randomness.
-        synthetic (PatchBatch | None): Anomalous patches to draw from, with their positions; ``None`` makes half of them
-            by cut-and-paste and half by noise.
 
     Returns:
-        PatchBatch: ``M`` patches, with the mask of the anomalous ones.
+        PatchBatch: ``M`` patches at the same positions.
     """
     count = int(rate * len(batch.patches))
+    half = count // 2
     victims = torch.randperm(len(batch.patches), generator=generator)[:count]
-    patches, positions = batch.patches.clone(), batch.positions.clone()
-    if synthetic is not None:
-        donors = torch.randint(len(synthetic.patches), (count,), generator=generator)
-        patches[victims], positions[victims] = synthetic.patches[donors], synthetic.positions[donors]
-    else:
-        half = count // 2
-        donors = torch.randint(len(patches), (half,), generator=generator)
-        patches[victims[:half]] = batch.patches[donors]
-        patches[victims[half:]] += _NOISE * torch.randn((count - half, patches.shape[1]), generator=generator)
-    anomalous = torch.zeros(len(patches), dtype=torch.bool)
-    anomalous[victims] = True
-    return PatchBatch(patches, positions, anomalous)
+    patches = batch.patches.clone()
+    donors = torch.randint(len(patches), (half,), generator=generator)
+    patches[victims[:half]] = batch.patches[donors]
+    patches[victims[half:]] += _NOISE * torch.randn((count - half, patches.shape[1]), generator=generator)
+    return PatchBatch(patches, batch.positions)
 
 
-def draw_episode(category: Category, inner_steps: int, settings: MetaSettings, generator: torch.Generator) -> Episode:
+def draw_episode(
+    category: Category, support_images: int, inner_steps: int, batch_patches: int, generator: torch.Generator
+) -> Episode:
     """One episode with disjoint support and query images (the same image twice where there is only one).
 
     Args:
-        category (Category): Where the images come from; at most half of them are support.
+        category (Category): Where the images come from.
+        support_images (int): Images of the support set; at most half of all.
         inner_steps (int): Support batches, each of other patches.
-        settings (MetaSettings): Sizes of support set and batches; whether the query has anomalies to be ranked.
+        batch_patches (int): Patches of every batch.
         generator (torch.Generator): Source of randomness.
 
     Returns:
-        Episode: Its batches share one contamination rate, uniform between 0 and 40 %.
+        Episode: Its support batches share one contamination rate, uniform between 0 and 40 %.
     """
-    images, positions, size = category.images, category.positions, settings.batch_patches
-    order = torch.randperm(len(images), generator=generator)
-    split = min(settings.support_images, max(len(order) // 2, 1))
+    order = torch.randperm(len(category.images), generator=generator)
+    split = min(support_images, max(len(order) // 2, 1))
     support, query = order[:split], order[split:]
     if len(query) == 0:
         query = support
     rate = _MAX_DIRTY * torch.rand((), generator=generator).item()
 
-    def dirtied(rows: torch.Tensor) -> PatchBatch:
-        return dirty(draw_batch(images, positions, rows, size, generator), rate, generator, category.synthetic)
+    def drawn(images: torch.Tensor) -> PatchBatch:
+        return draw_batch(*category, images, batch_patches, generator)
 
-    batches = [dirtied(support)._replace(anomalous=None) for _ in range(inner_steps)]
-    return Episode(
-        batches, dirtied(query) if settings.ranking > 0 else draw_batch(images, positions, query, size, generator)
-    )
+    return Episode([dirty(drawn(support), rate, generator) for _ in range(inner_steps)], drawn(query))

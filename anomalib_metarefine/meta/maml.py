@@ -1,12 +1,11 @@
 """Model-Agnostic Meta-Learning on plain dictionaries of parameters.
 
-The inner loop adapts parameters to a support set by gradient descent; the outer loop moves the initialisation so that
+The inner loop adapts parameters to a support set by gradient descent. The outer loop moves the initialisation so that
 the *adapted* parameters do well on a disjoint query set. A loss is any function of (parameters, batch), so nothing here
 knows about flows.
 
 References:
-    - Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", arXiv 1703.03400.
-    - Li et al., "Meta-SGD: Learning to Learn Quickly for Few-Shot Learning", arXiv 1707.09835 (learned step sizes).
+    Finn et al., "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks", arXiv 1703.03400.
 """
 
 from __future__ import annotations
@@ -18,20 +17,8 @@ import torch
 
 Parameters = dict[str, torch.Tensor]
 Loss = Callable[[Parameters, Any], torch.Tensor]
+Task = tuple[Sequence[Any], Any]
 BACKENDS = ("torch", "learn2learn")
-
-
-class Initialisation(NamedTuple):
-    """What meta-learning learns: where adaptation starts, and how large its steps are.
-
-    Attributes:
-        parameters (Parameters): Leaf tensors that require gradients.
-        step_sizes (Parameters): By names of ``parameters``: a scalar, or a tensor of the parameter's shape (Meta-SGD).
-            A parameter without one does not adapt (ANIL). Those that require gradients are learned.
-    """
-
-    parameters: Parameters
-    step_sizes: Parameters
 
 
 class MetaGradient(NamedTuple):
@@ -39,40 +26,40 @@ class MetaGradient(NamedTuple):
 
     Attributes:
         parameters (Parameters): Gradient of every parameter.
-        step_sizes (Parameters): Gradient of every step size that is learned.
         query_loss (float): The mean query loss.
     """
 
     parameters: Parameters
-    step_sizes: Parameters
     query_loss: float
 
 
 class MetaLearner(Protocol):
     """The two loops of MAML."""
 
-    def adapt(self, loss: Loss, start: Initialisation, batches: Iterable[Any]) -> Parameters:
+    def adapt(self, loss: Loss, start: Parameters, batches: Iterable[Any], step_size: float) -> Parameters:
         """Inner loop: one step of gradient descent per batch.
 
         Args:
             loss (Loss): Scalar loss of (parameters, batch).
-            start (Initialisation): Starting point; left as it is.
+            start (Parameters): The initialisation; left as it is.
             batches (Iterable[Any]): One batch a step.
+            step_size (float): Of every step and parameter.
 
         Returns:
             Parameters: The adapted parameters: leaves without history that require gradients.
         """
 
     def gradient(
-        self, loss: Loss, start: Initialisation, episodes: Sequence[tuple[Sequence[Any], Any]], first_order: bool
+        self, loss: Loss, start: Parameters, tasks: Sequence[Task], step_size: float, first_order: bool
     ) -> MetaGradient:
         """Outer loop: the gradient that moves the initialisation.
 
         Args:
             loss (Loss): Scalar loss of (parameters, batch).
-            start (Initialisation): The initialisation; left as it is.
-            episodes (Sequence[tuple[Sequence[Any], Any]]): For each task, at least one, its support batches (an inner
-                step each) and its query batch. Without support batches this is plain training on the query batch.
+            start (Parameters): The initialisation: leaves that require gradients. Left as it is.
+            tasks (Sequence[Task]): At least one, each with its support batches (an inner step each) and its query
+                batch. Without support batches this is plain training on the query batch.
+            step_size (float): Of the inner steps.
             first_order (bool): Take the inner gradients as constants (FOMAML): no second derivatives, about half the
                 time.
 
@@ -86,31 +73,30 @@ class TorchLearner:
 
     Example:
         >>> square = lambda p, target: (p["w"] - target).square().sum()
-        >>> start = Initialisation({"w": torch.zeros(1, requires_grad=True)}, {"w": torch.tensor(0.25)})
-        >>> TorchLearner().adapt(square, start, [1.0])["w"]
+        >>> TorchLearner().adapt(square, {"w": torch.zeros(1, requires_grad=True)}, [1.0], step_size=0.25)["w"]
         tensor([0.5000], requires_grad=True)
     """
 
-    def adapt(self, loss: Loss, start: Initialisation, batches: Iterable[Any]) -> Parameters:
+    def adapt(self, loss: Loss, start: Parameters, batches: Iterable[Any], step_size: float) -> Parameters:
         """See `MetaLearner.adapt`."""
-        parameters = as_leaves(start.parameters)
+        parameters = as_leaves(start)
         for batch in batches:
-            parameters = as_leaves(_step(loss, parameters, start.step_sizes, batch, create_graph=False))
+            parameters = as_leaves(_step(loss, parameters, batch, step_size, create_graph=False))
         return parameters
 
     def gradient(
-        self, loss: Loss, start: Initialisation, episodes: Sequence[tuple[Sequence[Any], Any]], first_order: bool
+        self, loss: Loss, start: Parameters, tasks: Sequence[Task], step_size: float, first_order: bool
     ) -> MetaGradient:
         """See `MetaLearner.gradient`."""
 
         def query_losses() -> Iterator[torch.Tensor]:
-            for support, query in episodes:
-                parameters = start.parameters
+            for support, query in tasks:
+                parameters = start
                 for batch in support:
-                    parameters = _step(loss, parameters, start.step_sizes, batch, create_graph=not first_order)
+                    parameters = _step(loss, parameters, batch, step_size, create_graph=not first_order)
                 yield loss(parameters, query)
 
-        return outer_gradient(start, query_losses(), len(episodes))
+        return outer_gradient(start, query_losses(), len(tasks))
 
 
 def get_learner(backend: str) -> MetaLearner:
@@ -136,24 +122,19 @@ def get_learner(backend: str) -> MetaLearner:
     raise ValueError(msg)
 
 
-def outer_gradient(start: Initialisation, query_losses: Iterable[torch.Tensor], count: int) -> MetaGradient:
+def outer_gradient(start: Parameters, query_losses: Iterable[torch.Tensor], count: int) -> MetaGradient:
     """Gradient of the mean of ``count`` query losses whose graphs lead back to ``start``.
 
     The losses come one by one, so that only one task's graph is in memory at a time.
     """
-    learned = {name: size for name, size in start.step_sizes.items() if size.requires_grad}
-    sources = [*start.parameters.values(), *learned.values()]
-    total = [torch.zeros_like(source) for source in sources]
+    total = {name: torch.zeros_like(value) for name, value in start.items()}
     mean = 0.0
     for value in query_losses:
-        # Zeros for what the loss does not depend on: step sizes, when there is no support set.
-        gradients = torch.autograd.grad(value, sources, materialize_grads=True)
-        total = [so_far + gradient / count for so_far, gradient in zip(total, gradients, strict=True)]
+        gradients = torch.autograd.grad(value, list(start.values()))
+        for name, gradient in zip(start, gradients, strict=True):
+            total[name] = total[name] + gradient / count
         mean += value.item() / count
-    split = len(start.parameters)
-    return MetaGradient(
-        dict(zip(start.parameters, total[:split], strict=True)), dict(zip(learned, total[split:], strict=True)), mean
-    )
+    return MetaGradient(total, mean)
 
 
 def as_leaves(parameters: Parameters) -> Parameters:
@@ -164,13 +145,12 @@ def as_leaves(parameters: Parameters) -> Parameters:
 def _step(
     loss: Loss,
     parameters: Parameters,
-    step_sizes: Parameters,
     batch: Any,  # noqa: ANN401
+    step_size: float,
     create_graph: bool,
 ) -> Parameters:
-    adapting = [parameters[name] for name in step_sizes]
-    gradients = torch.autograd.grad(loss(parameters, batch), adapting, create_graph=create_graph)
-    return parameters | {
-        name: value - step_sizes[name] * gradient
-        for name, value, gradient in zip(step_sizes, adapting, gradients, strict=True)
+    gradients = torch.autograd.grad(loss(parameters, batch), list(parameters.values()), create_graph=create_graph)
+    return {
+        name: value - step_size * gradient
+        for (name, value), gradient in zip(parameters.items(), gradients, strict=True)
     }

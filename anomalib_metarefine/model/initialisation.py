@@ -15,13 +15,11 @@ import torch
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.features.gather import gather, versions
-from anomalib_metarefine.meta.maml import Initialisation
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import (
     DensityFitter,
     FitSettings,
     flow_loss,
-    initial_guess,
     learn_initialisation,
     new_flow,
     trainable,
@@ -34,9 +32,10 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.density.flow import PatchFlow
     from anomalib_metarefine.features.store import FeatureStore
+    from anomalib_metarefine.meta.maml import Parameters
     from anomalib_metarefine.model.torch_model import MetaRefineModel
 
-_FORMAT = 1
+_FORMAT = 2
 _PATCHES = 65_536  # of all categories together, that the whitening is fitted on
 
 
@@ -47,7 +46,6 @@ class SharedInitialisation:
     Attributes:
         whitening (Whitening): Of the patches of all categories.
         flow (dict[str, torch.Tensor]): State of the `PatchFlow`, its frozen permutations included.
-        step_sizes (dict[str, torch.Tensor]): See `Initialisation`.
         made_for (dict[str, Any]): ``backbone``, ``layers``, ``dimensions``, ``blocks`` and ``hidden``, which a model
             must have too.
         run (dict[str, Any]): Data, seed, settings and versions.
@@ -55,7 +53,6 @@ class SharedInitialisation:
 
     whitening: Whitening
     flow: dict[str, torch.Tensor]
-    step_sizes: dict[str, torch.Tensor]
     made_for: dict[str, Any]
     run: dict[str, Any]
 
@@ -92,7 +89,7 @@ class SharedInitialisation:
             raise ValueError(msg)
         return cls(**{**data, "whitening": Whitening(*data["whitening"])})
 
-    def hand_to(self, model: MetaRefineModel, backbone: str) -> Initialisation:
+    def hand_to(self, model: MetaRefineModel, backbone: str) -> Parameters:
         """Put the flow into a model, permutations included, and give what its training starts from.
 
         Args:
@@ -100,7 +97,7 @@ class SharedInitialisation:
             backbone (str): Its timm name.
 
         Returns:
-            Initialisation: Parameters and step sizes.
+            Parameters: Those of the flow that learn.
 
         Raises:
             ValueError: If the model has another backbone, other layers or a flow of another size.
@@ -115,7 +112,7 @@ class SharedInitialisation:
             msg = f"The initialisation was learned for another model: {'; '.join(different)}."
             raise ValueError(msg)
         model.flow.load_state_dict(self.flow)
-        return Initialisation(trainable(model.flow), self.step_sizes)
+        return trainable(model.flow)
 
 
 def describe(backbone: Backbone, name: str, flow: PatchFlow) -> dict[str, Any]:
@@ -179,7 +176,7 @@ def learn_shared(
         whitening, learned = learn_together(
             [(category.store, category.grid) for category in categories], flow, settings, generator, bars
         )
-    flow.load_state_dict({name: value.detach() for name, value in learned.parameters.items()}, strict=False)
+    flow.load_state_dict({name: value.detach() for name, value in learned.items()}, strict=False)
     run = {
         "data": [
             {"source": str(source), "images": len(c.store), "image_size": list(c.image_size)}
@@ -189,8 +186,7 @@ def learn_shared(
         "settings": vars(settings),
         "versions": versions(),
     }
-    step_sizes = {name: size.detach() for name, size in learned.step_sizes.items()}
-    return SharedInitialisation(whitening, flow.state_dict(), step_sizes, describe(network, backbone, flow), run)
+    return SharedInitialisation(whitening, flow.state_dict(), describe(network, backbone, flow), run)
 
 
 def learn_together(
@@ -199,7 +195,7 @@ def learn_together(
     settings: FitSettings,
     generator: torch.Generator,
     progress: Progress,
-) -> tuple[Whitening, Initialisation]:
+) -> tuple[Whitening, Parameters]:
     """Meta-train on features of several categories.
 
     Args:
@@ -210,7 +206,7 @@ def learn_together(
         progress (Progress): Where bars are shown.
 
     Returns:
-        tuple[Whitening, Initialisation]: The global whitening of all, and what was learned behind it.
+        tuple[Whitening, Parameters]: The global whitening of all, and what was learned behind it.
     """
     share = _PATCHES // len(categories)
     sample = torch.cat([store.sample_patches(share, generator) for store, _ in categories])
@@ -221,8 +217,8 @@ def learn_together(
     ]
     learned = learn_initialisation(
         [fitter.category() for fitter in fitters],
-        initial_guess(flow, settings),
-        flow_loss(flow, settings.trim, settings.ranking),
+        trainable(flow),
+        flow_loss(flow, settings.trim),
         settings,
         generator,
         progress,

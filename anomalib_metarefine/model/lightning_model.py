@@ -32,9 +32,8 @@ from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.images.reading import check_images
-from anomalib_metarefine.meta.algorithms import get_algorithm
-from anomalib_metarefine.meta.maml import BACKENDS, Initialisation, get_learner
-from anomalib_metarefine.meta.synthetic import KINDS, SyntheticAnomalies
+from anomalib_metarefine.meta.maml import BACKENDS, Parameters, get_learner
+from anomalib_metarefine.meta.training import check_algorithm
 from anomalib_metarefine.model.calibration import calibrate_model
 from anomalib_metarefine.model.export import data_hashes, describe, exportable, quantize
 from anomalib_metarefine.model.initialisation import SharedInitialisation
@@ -72,8 +71,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         shrinkage (float): Weight in [0, 1] of the pooled covariance in that of every grid position.
         tail (float): Share of the patches that make the image score, in (0, 1].
         trim (float): Share of the least likely patches in every batch that the flow does not learn from, in [0, 1).
-        meta_algorithm (str): How the initialisation is learned: ``"maml"``, ``"fomaml"``, ``"anil"``, ``"metasgd"`` or
-            ``"pretraining"`` (`meta.algorithms`).
+        meta_algorithm (str): How the initialisation is learned: ``"maml"``, ``"fomaml"`` or ``"pretraining"``.
         meta_backend (str): ``"torch"``, or ``"learn2learn"``, which computes the same.
         meta_steps (int): Outer steps; 0 starts from the untrained flow.
         episodes (int): Tasks per outer step.
@@ -81,9 +79,6 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         inner_steps (int): Inner steps of an episode.
         inner_lr (float): Step size of the inner loop and of the adaptation in every round.
         meta_lr (float): Step size of the outer loop (Adam).
-        synthetic (str): Anomalies that support sets are dirtied with: made of ``"features"``, which costs nothing, or
-            of images: ``"perlin"`` noise or ``"cutpaste"``.
-        ranking (float): Weight, in the outer loss, of ranking synthetic anomalies above normal patches.
         init_from (str | Path | None): File of `metarefine meta-train` to start from, instead of meta-training here.
         adaptation_steps (int): Gradient steps from the meta-learned initialisation in every round.
         batch_patches (int): Patches per gradient step.
@@ -138,8 +133,6 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         inner_steps: int = 2,
         inner_lr: float = 0.1,
         meta_lr: float = 5e-4,
-        synthetic: str = "features",
-        ranking: float = 0.0,
         init_from: str | Path | None = None,
         adaptation_steps: int = 10,
         batch_patches: int = 1024,
@@ -160,7 +153,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         _check("trim", trim, 0 <= trim < 1, "a number in [0, 1)")
         for name, value in [
             ("likelihood_weight", likelihood_weight), ("neighbour_weight", neighbour_weight),
-            ("likeness_weight", likeness_weight), ("patch_fence", patch_fence), ("ranking", ranking),
+            ("likeness_weight", likeness_weight), ("patch_fence", patch_fence),
         ]:  # fmt: skip
             _check(name, value, value >= 0, "a number of at least 0")
         _check(
@@ -175,8 +168,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             ("adaptation_steps", adaptation_steps, 0), ("batch_patches", batch_patches, 1), ("rounds", rounds, 0),
         ]:  # fmt: skip
             _check(name, value, value >= least, f"an integer of at least {least}")
-        _check("synthetic", synthetic, synthetic in KINDS, f"one of {', '.join(KINDS)}")
-        get_algorithm(meta_algorithm)
+        check_algorithm(meta_algorithm)
         _check("meta_backend", meta_backend, meta_backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
         get_rule(rule)
         if pre_processor is True:
@@ -200,7 +192,6 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             meta_lr=meta_lr,
             meta_algorithm=meta_algorithm,
             meta_backend=meta_backend,
-            ranking=ranking,
             adaptation_steps=adaptation_steps,
             batch_patches=batch_patches,
             likelihood_weight=likelihood_weight,
@@ -212,8 +203,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         )
         self._backbone, self._init_from = backbone, init_from
         self._shared: SharedInitialisation | None = None
-        self._initial: Initialisation | None = None
-        self._synthetic = None if synthetic == "features" else SyntheticAnomalies(synthetic, *normalization(backbone))
+        self._initial: Parameters | None = None
         self.refinement: Refinement | None = None
         self.calibration: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
@@ -285,8 +275,6 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
                 self._warn_if_squashed(batch)
             embeddings, self._grid = self.model.embed(batch.image)
             self._store.add(batch.image_path, embeddings)
-            if self._synthetic is not None and self._initial is None:
-                self._synthetic.add(batch.image, self.model.embed)
         return {"loss": torch.zeros((), requires_grad=True, device=self.device)}
 
     def fit(self) -> None:
@@ -315,7 +303,6 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
                 generator,
                 progress,
                 self._log_figures,
-                self._synthetic,
                 self._shared.whitening if self._shared else None,
                 self._initial,
             )

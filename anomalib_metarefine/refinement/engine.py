@@ -14,16 +14,14 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from torch.func import functional_call
-from torch.nn import functional
 
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
 from anomalib_metarefine.density.gaussian import PositionalGaussian
 from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.meta.algorithms import get_algorithm, initialise
-from anomalib_metarefine.meta.episodes import PatchBatch, draw_patches
-from anomalib_metarefine.meta.maml import Initialisation, Parameters, get_learner
-from anomalib_metarefine.meta.training import Category, MetaSettings, meta_train
+from anomalib_metarefine.meta.episodes import Category, PatchBatch, draw_patches
+from anomalib_metarefine.meta.maml import Parameters, get_learner
+from anomalib_metarefine.meta.training import MetaSettings, meta_train
 from anomalib_metarefine.refinement.likeness import FEWEST_IMAGES, deviations, likeness, reordered, resemblance
 from anomalib_metarefine.refinement.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
 from anomalib_metarefine.refinement.posterior import further_scales
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.features.store import FeatureStore
     from anomalib_metarefine.meta.maml import Loss
-    from anomalib_metarefine.meta.synthetic import SyntheticAnomalies
 
 Log: TypeAlias = "Callable[[dict[str, float], int], None]"
 
@@ -45,7 +42,6 @@ _POOL = 384  # images that gradient steps draw from
 _RESEMBLANCE = 2  # its weight, in those of likeness: its teachers are certain
 _NEIGHBOUR_TAIL = 0.02  # share of the patches; between what ELPV (0.03) and `screw` (0.01) like best
 _WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
-_SYNTHETIC_PATCHES = 1024  # each with a matrix of its place while it is whitened
 
 
 @dataclass(frozen=True)
@@ -90,9 +86,8 @@ class DensityFitter:
         generator (torch.Generator): Source of all randomness.
         progress (Progress): Where bars are shown.
         log (Log): Receives figures and their step.
-        synthetic (SyntheticAnomalies | None): Anomalies to dirty support sets with; ``None`` makes them of features.
         whitening (Whitening | None): Global whitening; ``None`` fits it on the store.
-        initial (Initialisation | None): A meta-learned initialisation; ``None`` learns one on the store. It knows
+        initial (Parameters | None): A meta-learned initialisation; ``None`` learns one on the store. It knows
             patches by its own global whitening, so the two belong together.
     """
 
@@ -105,9 +100,8 @@ class DensityFitter:
         generator: torch.Generator,
         progress: Progress,
         log: Log = _ignore,
-        synthetic: SyntheticAnomalies | None = None,
         whitening: Whitening | None = None,
-        initial: Initialisation | None = None,
+        initial: Parameters | None = None,
     ) -> None:
         self.store, self.flow, self.settings = store, flow, settings
         self.generator, self.progress, self.log = generator, progress, log
@@ -115,11 +109,11 @@ class DensityFitter:
         self.grid = grid
         # Sorted by path, so that results of several runs list the images alike, however the dataloader shuffled.
         self.order = np.argsort(store.paths, kind="stable")
-        self.synthetic, self.initial = synthetic, initial
+        self.initial = initial
         self.whitening = whitening or Whitening.fit(
             store.sample_patches(_WHITENING_PATCHES, generator), flow.dimensions
         )
-        self.loss = flow_loss(flow, settings.trim, settings.ranking)
+        self.loss = flow_loss(flow, settings.trim)
         self.usual = np.ones((len(store), len(self.positions)), dtype=bool)  # patches
         self.learned = torch.from_numpy(self.usual.copy())
 
@@ -175,25 +169,17 @@ class DensityFitter:
         self.progress.update(task, completed=self.settings.rounds + 1)
         return self.density, refinement
 
-    def meta_train(self) -> Initialisation:
+    def meta_train(self) -> Parameters:
         """Learn the flow's initialisation on episodes drawn from all training images, dirty ones included."""
-        start = initial_guess(self.flow, self.settings)
         return learn_initialisation(
-            [self.category()], start, self.loss, self.settings, self.generator, self.progress, self.log
+            [self.category()], trainable(self.flow), self.loss, self.settings, self.generator, self.progress, self.log
         )
 
     def category(self, kept: np.ndarray | None = None) -> Category:
         """The training images, or those of a mask ``[N]``, whitened, as episodes are drawn from them."""
         kept = np.ones(len(self.store), dtype=bool) if kept is None else kept
         gaussian = self.fit_gaussian(kept)
-        synthetic = None
-        if self.synthetic is not None:
-            embeddings, places = self.synthetic.patches(_SYNTHETIC_PATCHES, self.generator)
-            centred = self.whitening(embeddings) - gaussian.mean[places]
-            patches = (gaussian.precision_root[places] @ centred.unsqueeze(2)).squeeze(2)
-            if len(patches):  # of a few images the damage may cover no patch
-                synthetic = PatchBatch(patches, self.positions[places])
-        return Category(self._pool(self._pool_rows(kept), gaussian), self.positions, synthetic)
+        return Category(self._pool(self._pool_rows(kept), gaussian), self.positions)
 
     def _find_neighbours(self) -> NearestImages:
         task = self.progress.add_task("comparing images", total=len(self.store))
@@ -210,7 +196,7 @@ class DensityFitter:
         chunks = (chunk for _, chunk in self.whitened(np.flatnonzero(kept)))
         return PositionalGaussian.fit(chunks, self.settings.shrinkage, self.learned[kept])
 
-    def fit_kept(self, kept: np.ndarray, initial: Initialisation) -> Density:
+    def fit_kept(self, kept: np.ndarray, initial: Parameters) -> Density:
         """Positional whitening from scratch and the flow from ``initial``: what is rejected leaves no trace."""
         settings = self.settings
         gaussian = self.fit_gaussian(kept)
@@ -220,7 +206,7 @@ class DensityFitter:
             draw_patches(pool, self.positions, usable, settings.batch_patches, self.generator)
             for _ in range(settings.adaptation_steps)
         )
-        parameters = get_learner(settings.meta_backend).adapt(self.loss, initial, batches)
+        parameters = get_learner(settings.meta_backend).adapt(self.loss, initial, batches, settings.inner_lr)
         return Density(self.whitening, gaussian, parameters)
 
     def _leave_out_patches(self, known: Mapping[int, bool] | None) -> None:
@@ -355,13 +341,13 @@ def new_flow(channels: int, settings: FitSettings, seed: int) -> PatchFlow:
 
 def learn_initialisation(
     categories: Sequence[Category],
-    start: Initialisation,
+    start: Parameters,
     loss: Loss,
     settings: MetaSettings,
     generator: torch.Generator,
     progress: Progress,
     log: Log = _ignore,
-) -> Initialisation:
+) -> Parameters:
     """`meta_train` with a bar and a log; arguments as there and in `DensityFitter`."""
     task = progress.add_task("meta-training", total=settings.meta_steps)
 
@@ -372,14 +358,6 @@ def learn_initialisation(
     return meta_train(categories, start, loss, settings, generator, on_step)
 
 
-def initial_guess(flow: PatchFlow, settings: FitSettings) -> Initialisation:
-    """The untrained flow, and the step sizes that the algorithm of ``settings`` begins with."""
-    algorithm = get_algorithm(settings.meta_algorithm)
-    return initialise(
-        trainable(flow), algorithm, settings.inner_lr, lambda name: flow.in_last_blocks(name, algorithm.last_blocks)
-    )
-
-
 def trainable(flow: PatchFlow) -> Parameters:
     """Detached copies of the parameters that learn; the frozen permutations of the couplings stay out."""
     return {
@@ -387,31 +365,22 @@ def trainable(flow: PatchFlow) -> Parameters:
     }
 
 
-def flow_loss(flow: PatchFlow, trim: float, ranking: float) -> Loss:
+def flow_loss(flow: PatchFlow, trim: float) -> Loss:
     """Loss of the flow's parameters on a `PatchBatch`: trimmed mean of the patch scores, in bits per dimension.
 
-    The least likely patches of a dirty set must not be learned. Where the batch says which of its patches are synthetic
-    anomalies, these do not count as normal, and ``ranking`` weighs how often they score below normal ones.
+    The least likely patches of a dirty set must not be learned.
 
     Args:
         flow (PatchFlow): The architecture.
         trim (float): Share of the least likely patches that are not learned from.
-        ranking (float): Weight of the ranking loss, the logistic of the difference in score of random pairs.
 
     Returns:
         Loss: A scalar function of parameters and batch.
     """
 
     def loss(parameters: Parameters, batch: PatchBatch) -> torch.Tensor:
-        z, log_det = functional_call(flow, parameters, (batch.patches, batch.positions))
-        bits = bits_per_dimension(z, log_det)
-        normal = bits if batch.anomalous is None else bits[~batch.anomalous]
-        trusted = max(1, round((1 - trim) * len(normal)))
-        likelihood = normal.topk(trusted, largest=False, sorted=False).values.mean()
-        if batch.anomalous is None or not batch.anomalous.any():
-            return likelihood
-        anomalous = bits[batch.anomalous]
-        pairs = normal[torch.arange(len(anomalous)) % len(normal)] - anomalous
-        return likelihood + ranking * functional.softplus(pairs).mean()
+        bits = bits_per_dimension(*functional_call(flow, parameters, (batch.patches, batch.positions)))
+        trusted = max(1, round((1 - trim) * len(bits)))
+        return bits.topk(trusted, largest=False, sorted=False).values.mean()
 
     return loss

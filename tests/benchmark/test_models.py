@@ -45,8 +45,8 @@ def test_settings_are_everything_but_the_name():
         ("Patchcore", lambda model: model.layers),
         ("anomalib.models.Cflow", lambda model: model.pool_layers),
         ("anomalib_metarefine.MetaRefine", lambda model: model.backbone.layers),
-        ("anomalib_metarefine.benchmark.fastflow.FastflowOnFeatures", lambda model: model.feature_extractor.layers),
-        ("anomalib_metarefine.benchmark.softpatch.SoftPatch", lambda model: model.layers),
+        ("studies.baselines.fastflow.FastflowOnFeatures", lambda model: model.feature_extractor.layers),
+        ("studies.baselines.softpatch.SoftPatch", lambda model: model.layers),
     ],
 )
 def test_all_share_the_backbone(class_path, read):

@@ -3,10 +3,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_metarefine.meta.maml import Initialisation, TorchLearner, get_learner
+from anomalib_metarefine.meta.maml import TorchLearner, get_learner
 
 EPISODES = [([torch.tensor([1.0, 2.0])] * 2, torch.tensor([0.5, 1.0])), ([torch.tensor([-1.0, 0.0])], torch.zeros(2))]
 LEARNER = TorchLearner()
+STEP = 0.1
 
 
 def quartic(parameters, target):
@@ -19,17 +20,16 @@ def tensor(values, grad=False):
     return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
 
 
-def start(learned=False, step_sizes=None):
-    parameters = {"w": tensor([0.3, -0.7], grad=True), "b": tensor(0.4, grad=True)}
-    return Initialisation(parameters, step_sizes or {"w": tensor([0.1, 0.05], learned), "b": tensor(0.2, learned)})
+def start():
+    return {"w": tensor([0.3, -0.7], grad=True), "b": tensor(0.4, grad=True)}
 
 
-def mean_query_loss(initialisation):
-    adapted = [(LEARNER.adapt(quartic, initialisation, support), query) for support, query in EPISODES]
+def mean_query_loss(initial):
+    adapted = [(LEARNER.adapt(quartic, initial, support, STEP), query) for support, query in EPISODES]
     return sum(quartic(parameters, query).item() for parameters, query in adapted) / len(EPISODES)
 
 
-def numeric_gradient(initialisation, value, eps=1e-6):
+def numeric_gradient(initial, value, eps=1e-6):
     """Central differences of the mean query loss with respect to one tensor of the initialisation."""
     result = torch.zeros_like(value)
     for i in range(value.numel()):
@@ -37,7 +37,7 @@ def numeric_gradient(initialisation, value, eps=1e-6):
         for sign in (1, -1):
             with torch.no_grad():
                 value.view(-1)[i] += sign * eps
-            losses.append(mean_query_loss(initialisation))
+            losses.append(mean_query_loss(initial))
             with torch.no_grad():
                 value.view(-1)[i] -= sign * eps
         result.view(-1)[i] = (losses[0] - losses[1]) / (2 * eps)
@@ -45,50 +45,24 @@ def numeric_gradient(initialisation, value, eps=1e-6):
 
 
 def test_second_order_gradient_is_that_of_the_whole_computation():
-    initialisation = start(learned=True)
-    gradient = LEARNER.gradient(quartic, initialisation, EPISODES, first_order=False)
-    assert gradient.query_loss == pytest.approx(mean_query_loss(initialisation))
-    for found, values in zip(gradient[:2], initialisation, strict=True):
-        assert found.keys() == values.keys()
-        for name, value in values.items():
-            torch.testing.assert_close(found[name], numeric_gradient(initialisation, value), atol=1e-7, rtol=1e-6)
+    initial = start()
+    gradient = LEARNER.gradient(quartic, initial, EPISODES, STEP, first_order=False)
+    assert gradient.query_loss == pytest.approx(mean_query_loss(initial))
+    assert gradient.parameters.keys() == initial.keys()
+    for name, value in initial.items():
+        expected = numeric_gradient(initial, value)
+        torch.testing.assert_close(gradient.parameters[name], expected, atol=1e-7, rtol=1e-6)
 
 
 def test_first_order_gradient_is_taken_at_the_adapted_parameters():
-    initialisation = start()
+    initial = start()
     (support, query), *_ = EPISODES
-    first = LEARNER.gradient(quartic, initialisation, [(support, query)], first_order=True).parameters
-    adapted = LEARNER.adapt(quartic, initialisation, support)
+    first = LEARNER.gradient(quartic, initial, [(support, query)], STEP, first_order=True).parameters
+    adapted = LEARNER.adapt(quartic, initial, support, STEP)
     expected = torch.autograd.grad(quartic(adapted, query), list(adapted.values()))
     torch.testing.assert_close(list(first.values()), list(expected))
-    second = LEARNER.gradient(quartic, initialisation, [(support, query)], first_order=False).parameters
+    second = LEARNER.gradient(quartic, initial, [(support, query)], STEP, first_order=False).parameters
     assert not torch.allclose(first["w"], second["w"])
-
-
-def test_first_order_step_sizes_get_minus_query_gradient_times_inner_gradients():
-    initialisation = start(learned=True)
-    (support, query), *_ = EPISODES
-    found = LEARNER.gradient(quartic, initialisation, [(support, query)], first_order=True).step_sizes
-    adapted = LEARNER.adapt(quartic, initialisation, support)
-    outer = torch.autograd.grad(quartic(adapted, query), list(adapted.values()))
-    for name, gradient in zip(adapted, outer, strict=True):
-        # The inner gradients add up to the way that was gone, divided by the step size.
-        inner = (initialisation.parameters[name] - adapted[name]) / initialisation.step_sizes[name]
-        torch.testing.assert_close(found[name], (-gradient * inner).detach())
-
-
-@pytest.mark.parametrize("first_order", [False, True])
-def test_a_parameter_without_step_size_stays_and_is_still_learned(first_order):
-    initialisation = start(step_sizes={"b": tensor(0.2)})
-    adapted = LEARNER.adapt(quartic, initialisation, EPISODES[0][0])
-    assert torch.equal(adapted["w"], initialisation.parameters["w"])
-    assert adapted["b"] != initialisation.parameters["b"]
-    gradient = LEARNER.gradient(quartic, initialisation, EPISODES, first_order)
-    assert (gradient.parameters["w"] != 0).all()
-    if not first_order:
-        expected = numeric_gradient(initialisation, initialisation.parameters["w"])
-        torch.testing.assert_close(gradient.parameters["w"], expected, atol=1e-7, rtol=1e-6)
-    assert gradient.step_sizes == {}  # constant
 
 
 @given(
@@ -99,11 +73,9 @@ def test_a_parameter_without_step_size_stays_and_is_still_learned(first_order):
 @settings(deadline=None)
 def test_without_support_it_is_the_plain_gradient(w, targets, first_order):
     parameters = {"w": tensor(w, grad=True), "b": tensor(0.4, grad=True)}
-    initialisation = Initialisation(parameters, {"w": tensor(0.1, grad=True)})
-    found = LEARNER.gradient(quartic, initialisation, [((), tensor(t)) for t in targets], first_order)
+    found = LEARNER.gradient(quartic, parameters, [((), tensor(t)) for t in targets], STEP, first_order)
     mean = sum(quartic(parameters, tensor(t)) for t in targets) / len(targets)
     torch.testing.assert_close(list(found.parameters.values()), list(torch.autograd.grad(mean, parameters.values())))
-    assert found.step_sizes["w"] == 0
     assert found.query_loss == pytest.approx(mean.item())
 
 
@@ -118,27 +90,27 @@ def test_steps_on_a_parabola_have_a_closed_form(curvature, distance, step_size, 
     # On 0.5 a w^2 a step shrinks w by 1 - s a; after k steps of it the query loss 0.5 a w^2 has the gradient
     # a (1 - s a)^2k w, and in first order a (1 - s a)^k w.
     a, w = tensor(curvature), tensor(distance, grad=True)
-    initialisation = Initialisation({"w": w}, {"w": tensor(step_size)})
 
     def parabola(parameters, _):
         return 0.5 * (a * parameters["w"].square()).sum()
 
     shrinkage = (1 - step_size * a) ** steps
-    torch.testing.assert_close(LEARNER.adapt(parabola, initialisation, [None] * steps)["w"], shrinkage * w)
+    adapted = LEARNER.adapt(parabola, {"w": w}, [None] * steps, step_size)
+    torch.testing.assert_close(adapted["w"], shrinkage * w)
     for first_order, power in [(True, 1), (False, 2)]:
-        found = LEARNER.gradient(parabola, initialisation, [([None] * steps, None)], first_order)
+        found = LEARNER.gradient(parabola, {"w": w}, [([None] * steps, None)], step_size, first_order)
         torch.testing.assert_close(found.parameters["w"], (a * shrinkage**power * w).detach())
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_adapted_parameters_are_leaves_of_their_own(steps):
-    initialisation = start(learned=True)
-    before = {name: value.detach().clone() for name, value in initialisation.parameters.items()}
-    adapted = LEARNER.adapt(quartic, initialisation, EPISODES[0][0][:steps])
+    initial = start()
+    before = {name: value.detach().clone() for name, value in initial.items()}
+    adapted = LEARNER.adapt(quartic, initial, EPISODES[0][0][:steps], STEP)
     assert all(value.is_leaf and value.requires_grad for value in adapted.values())
     with torch.no_grad():
         adapted["w"] += 1
-    for name, value in initialisation.parameters.items():
+    for name, value in initial.items():
         assert torch.equal(value, before[name])
         assert value.grad is None
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_metarefine.meta.landscape import largest_eigenvalue, random_direction, rises, surface
+from studies.loss_surface import largest_eigenvalue, random_direction, rises, surface
 
 
 def gen(seed=0):

@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
-from anomalib_metarefine.benchmark.detection import all_features
+from studies.detection import all_features
 from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score, position_code

@@ -1,6 +1,6 @@
 """Does curation find the dirty images? Known contamination, every rule and every score, one row a training set.
 
-    python -m anomalib_metarefine.benchmark.detection --out detection.csv --data elpv-mono screw:150 --looks 0 20
+    python -m studies.detection --out detection.csv --data elpv-mono screw:150 --looks 0 20
 
 With ``--looks``, a person who never errs answers about the images most probably dirty among those not rejected, and the
 set is curated again. Features of a data set are computed once; what is timed and measured after that is the curation's
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: Exit code; 2 for input that can't be used.
     """
-    parser = argparse.ArgumentParser(prog="python -m anomalib_metarefine.benchmark.detection", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.detection", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="CSV that rows are added to; finished ones stay")
     parser.add_argument("--data", nargs="+", default=[], metavar="WHERE[@HxW][:IMAGES][:NAME]", help="data sets")
     parser.add_argument("--contamination", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3, 0.4])

@@ -1,6 +1,6 @@
 """Which score finds dirty images best: small supports scored by a flow or by neighbours, or one fit on everything?
 
-    python -m anomalib_metarefine.benchmark.episodic --out episodic.csv --data elpv-mono screw:150
+    python -m studies.episodic --out episodic.csv --data elpv-mono screw:150
 
 In a small support set a given defect is rarely present, so an image outside that has it finds nothing like it there.
 Images are scored against the same supports by the meta-learned flow, adapted to each, and by their nearest patches.
@@ -27,7 +27,7 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.benchmark.detection import all_features, record
+from studies.detection import all_features, record
 from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score
@@ -190,7 +190,7 @@ def summarise(rows: pd.DataFrame) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command: arguments (``None`` takes those of the process) to exit code, 2 for input that can't be used."""
-    parser = argparse.ArgumentParser(prog="python -m anomalib_metarefine.benchmark.episodic", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m studies.episodic", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="CSV that rows are added to; finished ones stay")
     parser.add_argument("--data", nargs="+", default=[], metavar="WHERE[@HxW][:IMAGES][:NAME]", help="data sets")
     parser.add_argument("--contamination", type=float, nargs="+", default=[0.2, 0.4])

@@ -29,7 +29,7 @@ from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.images.sources import EXTENSIONS
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch
-from anomalib_metarefine.meta.landscape import largest_eigenvalue, random_direction, rises, surface
+from studies.loss_surface import largest_eigenvalue, random_direction, rises, surface
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow, trainable
 

@@ -3,7 +3,7 @@ import torch
 from anomalib.models.components import KCenterGreedy
 from lightning import seed_everything
 
-from anomalib_metarefine.benchmark.coreset import quick_coreset
+from studies.baselines.patchcore import quick_coreset
 
 
 def both(points, ratio, seed=0):

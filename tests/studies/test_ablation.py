@@ -3,7 +3,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from anomalib_metarefine.benchmark import ablation
+from studies import ablation
 from anomalib_metarefine.cli import main
 
 START = {"meta_steps": 1, "episodes": 1, "batch_patches": 64}

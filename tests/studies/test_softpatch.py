@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 from lightning import seed_everything
 from sklearn.neighbors import LocalOutlierFactor
 
-from anomalib_metarefine.benchmark.softpatch import SoftPatch, SoftPatchModel, local_outlier_factors
+from studies.baselines.softpatch import SoftPatch, SoftPatchModel, local_outlier_factors
 
 
 def fitted(noise_share, ratio=0.5, images=12, dirty=2, neighbors=1):

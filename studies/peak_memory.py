@@ -1,6 +1,6 @@
 """Megabytes that loading and running one exported graph takes; in a process of its own, with OpenVINO alone.
 
-Usage: ``python -m anomalib_metarefine.benchmark.peak_memory model.xml 256 256 f32``.
+Usage: ``python -m studies.peak_memory model.xml 256 256 f32``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from anomalib_metarefine.benchmark import drift
-from anomalib_metarefine.benchmark.drift import DEFECTIVE, GOOD, Lines, delay_rows, main, markdown, turns
+from studies import drift
+from studies.drift import DEFECTIVE, GOOD, Lines, delay_rows, main, markdown, turns
 
 
 @pytest.fixture

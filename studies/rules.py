@@ -1,6 +1,6 @@
 """The picture of docs/rules.md: the fence of every rejection rule on the same real scores.
 
-    python docs/figures/rules.py [--contamination 0.2] [--out docs/figures/rules.png]
+    python -m studies.rules [--contamination 0.2] [--out docs/figures/rules.png]
 
 Takes about a minute per run on two CPU cores. Prints the table of docs/rules.md, too.
 """

@@ -1,6 +1,6 @@
 """Latency of exported models in OpenVINO, one image at a time, side by side.
 
-    python -m anomalib_metarefine.benchmark.latency --out docs/results/latency.csv
+    python -m studies.latency --out studies/results/latency.csv
 
 Every model is exported by anomalib and compiled for one image of 256 x 256 pixels. They take turns, so that whatever
 else the machine does hits all alike. Weights don't matter to speed: anomalib's models are untrained, PatchCore and
@@ -126,7 +126,7 @@ def _compile(path: Path, precision: str) -> ov.CompiledModel:
 
 def _memory(path: Path, precision: str) -> float:
     """Megabytes that a process takes for loading and running a graph."""
-    command = [sys.executable, "-m", "anomalib_metarefine.benchmark.peak_memory", path, *map(str, SIZE), precision]
+    command = [sys.executable, "-m", "studies.peak_memory", path, *map(str, SIZE), precision]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -1,7 +1,7 @@
 """The measurements and the picture of docs/threshold.md: calibrated thresholds on real scores.
 
-    python docs/figures/threshold.py [--data elpv-mono elpv-poly parts/screw:150] [--out docs/figures/threshold.png]
-    python docs/figures/threshold.py --density metarefine --data elpv-mono --out metarefine.png
+    python -m studies.threshold [--data elpv-mono elpv-poly parts/screw:150] [--out docs/figures/threshold.png]
+    python -m studies.threshold --density metarefine --data elpv-mono --out metarefine.png
 
 Of the good images of a data set some are trained on: a Gaussian of the patches at each grid position, which takes a
 second and rejects nothing, or all of MetaRefine, refinement included, which takes a minute. The others, and

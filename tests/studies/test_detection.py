@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from anomalib_metarefine.benchmark import detection
-from anomalib_metarefine.benchmark.detection import main, summarise
+from studies import detection
+from studies.detection import main, summarise
 from anomalib_metarefine.refinement import engine as fitting
 from anomalib_metarefine.refinement.posterior import estimate_contamination
 from tests.conftest import part

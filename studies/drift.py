@@ -1,7 +1,7 @@
 """Does the drift monitor find a line that turns, and is it quiet on one that does not? Streams made from real images.
 
-    python -m anomalib_metarefine.benchmark.drift --scores elpv.npz --data elpv-mono --other elpv-poly
-    python -m anomalib_metarefine.benchmark.drift --scores screw.npz --data parts/screw:200
+    python -m studies.drift --scores elpv.npz --data elpv-mono --other elpv-poly
+    python -m studies.drift --scores screw.npz --data parts/screw:200
 
 A MetaRefine is trained on good images, and scores the good images that it has not seen: as they are, made brighter or
 darker, blurred, and those of another material. The scores are kept in ``--scores``, and are not computed again. A
@@ -208,7 +208,7 @@ def _describe(delays: np.ndarray) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m anomalib_metarefine.benchmark.drift",
+        prog="python -m studies.drift",
         description="False alarms and delays of the drift monitor, on streams made from real images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

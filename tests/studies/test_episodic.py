@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 import torch
 
-from anomalib_metarefine.benchmark import episodic
-from anomalib_metarefine.benchmark.episodic import aggregate, draw_supports, main, summarise, support_distances
+from studies import episodic
+from studies.episodic import aggregate, draw_supports, main, summarise, support_distances
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.features.store import FeatureStore
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from anomalib_metarefine.benchmark.landscape import Around, Landscape, loss_landscape
+from studies.landscape import Around, Landscape, loss_landscape
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.refinement.engine import FitSettings
 

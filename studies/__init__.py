@@ -1,0 +1,1 @@
+"""Measurements and figures of the documentation; README.md lists them. Not part of the package that is installed."""
