@@ -74,7 +74,7 @@ class Settings:
     meta_lr: float = _setting(5e-4, "meta", "step size of the outer loop (Adam)", least=0, open_ends="(]")
 
     likelihood_weight: float = _setting(
-        0.0, "score", "weight of the likelihood in the score that refinement rejects by", least=0
+        1.0, "score", "weight of the likelihood in the score that refinement rejects by", least=0
     )
     neighbour_weight: float = _setting(
         1.0, "score", "weight of the distance to the nearest other images in that score", least=0
@@ -91,6 +91,11 @@ class Settings:
         least=0,
     )  # fmt: skip
 
+    structure: Literal["auto", "aligned", "anywhere", "unlike"] = _setting(
+        "auto",
+        "refinement",
+        "what kind of folder it is: parts that lie alike, parts that lie anywhere, or images that share too little",
+    )
     rule: str = _setting("auto", "refinement", "rejection rule, with its settings if need be; see docs/rules.md")
     rounds: int = _setting(4, "refinement", "rounds of refinement at most; 0 trains on everything", least=0)
     patch_fence: float = _setting(
@@ -120,6 +125,14 @@ def setting_help(name: str) -> str:
     """What a setting does, its range, and its default: a line of the command line's help and of the docs."""
     one = next(one for one in fields(Settings) if one.name == name)
     return f"{one.metadata['help']} ({_expected(one, get_type_hints(Settings)[name])}; default: {one.default})"
+
+
+def settings_docstring(indent: int) -> str:
+    """All settings as the ``Args`` of a docstring."""
+    types = get_type_hints(Settings)
+    kinds = {name: kind.__name__ if isinstance(kind, type) else "str" for name, kind in types.items()}
+    lines = [f"{name} ({kinds[name]}): {setting_help(name)}" for name in setting_names()]
+    return "\n".join(" " * indent + line for line in lines)
 
 
 def parse_settings(items: list[str], *parts: Part) -> Settings:

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
-import torch
 
 from anomalib_metarefine.curation.decisions import load_remembered, read_decisions
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
@@ -26,18 +25,19 @@ from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.images.quality import ImageFacts
 from anomalib_metarefine.images.sources import EXTENSIONS, some
 from anomalib_metarefine.progress import progress_bars
-from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow
-from anomalib_metarefine.refinement.posterior import Contamination, estimate_contamination, further_scales
-from anomalib_metarefine.refinement.rules import get_rule
+from anomalib_metarefine.refinement.engine import Result, refine_images
+from anomalib_metarefine.refinement.rules import get_rule, q_values
+from anomalib_metarefine.settings import Settings
 
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
 
     from anomalib_metarefine.refinement.rounds import Refinement
 
-_REVIEW_PROBABILITY = 0.3  # kept images from which on a person should look
+_REVIEW_SHARE = 0.3  # of clean images expected up to a score, up to which a person should look
 _MOST_REVIEW = 0.1  # share of the images that a person is asked to look at
-_SHOWN = 500  # images with evidence at most
+_SHOWN = 100  # images with evidence, those with the highest scores
+_MOST_SHOWN = 500  # rejected images and those for review with evidence, at most
 
 
 Decisions: TypeAlias = "str | Path | dict[str, str]"
@@ -77,15 +77,13 @@ def curate(
     backbone: str = OFFLINE_BACKBONE,
     layers: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
-    rule: str = "auto",
-    rounds: int = 4,
     seed: int = 0,
     batch_size: int = 32,
     decisions: Decisions | Sequence[Decisions] | None = None,
     quality: bool = True,
     memory_limit_mb: float = 2048,
-    settings: FitSettings | None = None,
     progress: bool = True,
+    **settings: Any,  # noqa: ANN401
 ) -> Curation:
     """Decide about every training image: keep it, reject it, or have a person look.
 
@@ -98,8 +96,6 @@ def curate(
         layers (Sequence[str] | None): Modules of the backbone to read; ``None`` takes strides 8 and 16.
         image_size (tuple[int, int] | None): Height and width in pixels; ``None`` takes the shape of the images, at the
             area of 256 x 256 pixels.
-        rule (str): Rejection rule; ``docs/rules.md`` lists them.
-        rounds (int): Rounds of refinement at most.
         seed (int): Of everything random.
         batch_size (int): Images at a time in the backbone.
         decisions (Decisions | Sequence[Decisions] | None): What a person decided: a CSV file, an output folder of an
@@ -107,14 +103,14 @@ def curate(
             against the rule, and guide the refinement.
         quality (bool): Look for duplicates, blur and bad exposure too.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
-        settings (FitSettings | None): Everything else; ``None`` takes what `MetaRefine` does by default. Its rule and
-            rounds are replaced by those above.
         progress (bool): Show progress bars.
+        **settings (Any): Everything else that `Settings` lists, such as ``rule="iqr"``.
 
     Returns:
         Curation: Manifest and evidence.
 
     Raises:
+        TypeError: If there is no setting of a name.
         ValueError: If no image can be read, or a setting can't be used.
         FileNotFoundError: If there are no such data.
 
@@ -123,8 +119,8 @@ def curate(
         >>> curation.write("line7-curation")  # doctest: +SKIP
         >>> Engine().train(Padim(), datamodule=curation.manifest.datamodule(test=my_datamodule))  # doctest: +SKIP
     """
-    get_rule(rule)
-    chosen = FitSettings(**{**vars(settings or FitSettings()), "rule": rule, "rounds": rounds})
+    chosen = Settings(**settings)
+    get_rule(chosen.rule)
     with progress_bars(progress) as bars:
         gathered = gather(
             data,
@@ -141,21 +137,18 @@ def curate(
         facts = gathered.facts if quality else [replace(fact, findings=()) for fact in gathered.facts]
         known = _known(decisions, dict(zip(source.names, facts, strict=True)))
         begin = time.perf_counter()
-        flow = new_flow(store.shape[1], chosen, seed)
-        generator = torch.Generator().manual_seed(seed)
-        fitter = DensityFitter(store, flow, gathered.grid, chosen, generator, bars)
         row_of = {str(source.paths[i]): i for i in gathered.readable}
-        rows = [row_of[store.paths[i]] for i in fitter.order]
+        store.sort()
+        rows = [row_of[path] for path in store.paths]
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
-        keeps = {place: decision == "keep" for place, decision in decided.items()}
-        _, refinement = fitter.fit(keeps)
-        posterior = estimate_contamination(np.array(refinement.scores), seed, keeps, further_scales(fitter.parts))
+        answers = {place: decision == "keep" for place, decision in decided.items()}
+        result = refine_images(store, gathered.grid, chosen, seed, bars, answers=answers)
         seconds["refinement"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        table = _decide(fitter, refinement, posterior, decided)
         names = source.names
+        table = _decide(result, decided)
         table.insert(0, "image_path", [names[row] for row in rows])
-        evidence = _evidence(fitter, table)
+        evidence = gather_evidence(result, table.image_path.tolist(), _to_show(table))
         seconds["evidence"] = time.perf_counter() - begin
     left_out = {row: fact.unreadable or "" for row, fact in enumerate(facts) if fact.unreadable is not None}
     left_out |= {row_of[path]: reason for path, reason in store.left_out.items()}
@@ -169,14 +162,20 @@ def curate(
         "source": str(data) if isinstance(data, str | Path) else source.name,
         "versions": versions(),
         "seed": seed,
-        "settings": {"backbone": backbone, "image_size": list(gathered.image_size), "quality": quality, **vars(chosen)},
+        "settings": {
+            "backbone": backbone,
+            "image_size": list(gathered.image_size),
+            "quality": quality,
+            **chosen.as_dict(),
+        },
         "data": {"images": len(facts), "sha256": data_sha256(names, [fact.sha256 for fact in facts])},
-        "contamination": posterior.summary(),
+        "structure": result.structure.summary(),
+        "answers": len(answers),
         "rounds": [
             {"number": number, "fence": r.fence if np.isfinite(r.fence) else None, "rejected": r.rejected}
-            for number, r in enumerate(refinement.rounds, 1)
+            for number, r in enumerate(result.refinement.rounds, 1)
         ],
-        "stop_reason": refinement.stop_reason,
+        "stop_reason": result.refinement.stop_reason,
         "seconds": {stage: round(value, 2) for stage, value in seconds.items()},
     }
     return Curation(Manifest(table, run), evidence)
@@ -201,64 +200,61 @@ def _known(decisions: Decisions | Sequence[Decisions] | None, facts: dict[str, I
     return dict(zip(hashes, table.decision, strict=True))
 
 
-def _decide(
-    fitter: DensityFitter, refinement: Refinement, posterior: Contamination, decided: dict[int, str]
-) -> pd.DataFrame:
-    """One row per scored image, in the fitter's order, without its names."""
-    count = len(refinement.paths)
-    probability = posterior.dirty_probability
-    uncertainty = fitter.uncertainty()
-    distance = np.full(count, np.nan)
-    if refinement.rounds and np.isfinite(refinement.rounds[-1].fence):
-        distance = np.array(refinement.rounds[-1].scores) - refinement.rounds[-1].fence
-    kept = np.array(refinement.kept)
-    decision = np.where(kept, "keep", "reject").astype(object)
-    near = np.nan_to_num(distance, nan=-np.inf) > -uncertainty
-    doubtful = kept & ((probability >= _REVIEW_PROBABILITY) | near)
-    doubtful[list(decided)] = False
-    candidates = np.flatnonzero(doubtful)
-    most = max(1, round(_MOST_REVIEW * count))
-    by_doubt = candidates[np.argsort(-probability[candidates], kind="stable")]
-    decision[by_doubt[:most]] = "review"
-    by = np.full(count, "rule", dtype=object)
+def _decide(result: Result, decided: dict[int, str]) -> pd.DataFrame:
+    """One row per scored image, by row of the store, without its name."""
+    refinement, scores = result.refinement, result.scales.scores
+    fence = refinement.rounds[-1].fence if refinement.rounds else np.inf
+    shares = q_values(scores)
+    decision = np.where(result.kept, "keep", "reject").astype(object)
+    doubtful = result.kept & ((shares <= _REVIEW_SHARE) | (scores > fence))
+    worst = [i for i in np.argsort(-scores, kind="stable") if doubtful[i] and i not in decided]
+    decision[worst[: max(1, round(_MOST_REVIEW * len(scores)))]] = "review"
+    by = np.full(len(scores), "rule", dtype=object)
     for place, answer in decided.items():
         decision[place], by[place] = answer, "user"
-    since = _rejected_since(refinement)
-    scores = np.array(refinement.scores)
     table = pd.DataFrame({
         "decision": decision,
         "decided_by": by,
-        "round": np.where(decision == "reject", since, 0),
+        "round": np.where(decision == "reject", _rejected_since(refinement), 0),
         "reason": "",
         "score": scores,
-        "fence_distance": distance,
-        "dirty_probability": probability,
-        "uncertainty": uncertainty,
-        **{f"score_{name}": values for name, values in refinement.parts.items()},
+        "fence_distance": scores - fence if np.isfinite(fence) else np.nan,
+        "q_value": shares,
+        "variant": result.structure.variants,
+        "likeness": np.nan if result.scales.likeness is None else result.scales.likeness,
+        **{f"score_{name}": values for name, values in result.parts.items()},
         **{f"score_round_{number}": r.scores for number, r in enumerate(refinement.rounds, 1)},
     })  # fmt: skip
-    table["reason"] = [_reason(row) for row in table.itertuples()]
+    place = table.score.rank(ascending=False, method="first").astype(int)
+    table["reason"] = [_reason(row, rank, len(table)) for row, rank in zip(table.itertuples(), place, strict=True)]
     return table
 
 
 def _rejected_since(refinement: Refinement) -> np.ndarray:
-    """Round from which on each image lay outside the fence; 0 for those inside at the end."""
+    """Round from which on each image lay past the fence; 0 for those inside at the end."""
     since = np.zeros(len(refinement.paths), dtype=int)
     for number, r in enumerate(refinement.rounds, 1):
-        outside = np.array(r.scores) > r.fence
-        since = np.where(outside, np.where(since > 0, since, number), 0)
+        past = np.array(r.scores) > r.fence
+        since = np.where(past, np.where(since > 0, since, number), 0)
     return since
 
 
-def _reason(row: object) -> str:
-    likely = f"{row.dirty_probability:.0%} likely dirty"
+def _reason(row: Any, rank: int, count: int) -> str:  # noqa: ANN401
+    place = f"score {row.score:.1f}, number {rank} of {count}"
     if row.decided_by == "user":
-        return f"A person said {row.decision}."
+        return f"A person said {row.decision}; {place}."
     if row.decision == "reject":
-        return f"Score {row.fence_distance:.1f} past the fence since round {row.round}; {likely}."
+        return f"Past the fence and like other suspicious images; {place}."
     if row.decision == "review":
-        return f"Inside the fence, but {likely}: have a look."
-    return f"A usual score; {likely}."
+        return f"Unusual, but not clearly a defect: have a look; {place}."
+    return f"Usual; {place}."
+
+
+def _to_show(table: pd.DataFrame) -> np.ndarray:
+    """Rows with evidence, worst first: whatever a rule says, there is something to look at."""
+    first = table.decision.ne("keep").to_numpy()
+    order = np.lexsort((-table.score.to_numpy(), ~first))
+    return order[: max(_SHOWN, min(int(first.sum()), _MOST_SHOWN))]
 
 
 def _unreadable(names: list[str], reasons: list[str]) -> pd.DataFrame:
@@ -269,13 +265,3 @@ def _unreadable(names: list[str], reasons: list[str]) -> pd.DataFrame:
         "round": 0,
         "reason": [f"It can't be used: {reason}." for reason in reasons],
     })  # fmt: skip
-
-
-def _evidence(fitter: DensityFitter, table: pd.DataFrame) -> Evidence:
-    suspicious = table[table.decision != "keep"].sort_values(["decision", "score"], ascending=[True, False])
-    return gather_evidence(
-        fitter,
-        table.image_path.tolist(),
-        (table.decision == "keep").to_numpy(),
-        suspicious.index[:_SHOWN].to_numpy(copy=True),
-    )

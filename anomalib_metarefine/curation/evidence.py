@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from anomalib_metarefine.refinement.engine import DensityFitter
+    from anomalib_metarefine.refinement.engine import Images, Result
 
 _COARSE = 4  # rows and columns of the pooled embedding that images are compared by
 _FEWEST_GROUPED = 6  # images: fewer are seen at a glance
@@ -78,53 +78,52 @@ class Evidence:
             )
 
 
-def gather_evidence(fitter: DensityFitter, names: Sequence[str], kept: np.ndarray, shown: np.ndarray) -> Evidence:
+def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> Evidence:
     """Maps, nearest kept images and groups, from the features of a fitted density.
 
     Args:
-        fitter (DensityFitter): After `DensityFitter.fit`.
-        names (Sequence[str]): ``image_path`` of the ``N`` images, in the fitter's order.
-        kept (np.ndarray): ``[N]`` mask of the images that count as normal.
+        result (Result): Of the engine.
+        names (Sequence[str]): ``image_path`` of the ``N`` images, by row of the store.
         shown (np.ndarray): Indices of the ``K`` images to show, worst first.
 
     Returns:
         Evidence: Bounded by ``K``.
     """
-    maps = fitter.maps
+    maps, grid = result.maps, result.images.grid
     limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
-    patches = ~outside_regions(fitter.usual, fitter.grid, LEAST_REPAIRED).reshape(-1, *fitter.grid)
+    patches = ~outside_regions(result.usual, grid, LEAST_REPAIRED).reshape(-1, *grid)
     spoilt = np.flatnonzero(patches.any((1, 2)))
     unusual = ([names[i] for i in spoilt], patches[spoilt])
     if len(shown) == 0:
-        return Evidence([], np.empty((0, *fitter.grid), np.float16), [], [], limits, *unusual)
+        return Evidence([], np.empty((0, *grid), np.float16), [], [], limits, *unusual)
     return Evidence(
         [names[i] for i in shown],
-        maps[torch.from_numpy(shown)].view(-1, *fitter.grid).half().numpy(),
-        _nearest(fitter, names, kept, shown),
-        _group(_under_peaks(fitter, maps, shown)),
+        maps[torch.from_numpy(shown)].view(-1, *grid).half().numpy(),
+        _nearest(result, names, shown),
+        _group(_under_peaks(result.images, maps, shown)),
         limits,
         *unusual,
     )
 
 
-def _under_peaks(fitter: DensityFitter, maps: torch.Tensor, shown: np.ndarray) -> np.ndarray:
+def _under_peaks(images: Images, maps: torch.Tensor, shown: np.ndarray) -> np.ndarray:
     """Mean whitened embedding of the highest patches, ``[K x D]``."""
     highest = maps.topk(min(_PEAK, maps.shape[1]), dim=1).indices
     parts = [
         chunk.gather(1, highest[rows].unsqueeze(2).expand(-1, -1, chunk.shape[2])).mean(1)
-        for rows, chunk in fitter.whitened(shown)
+        for rows, chunk in images.chunks(shown)
     ]
     return torch.cat(parts).numpy()
 
 
-def _nearest(fitter: DensityFitter, names: Sequence[str], kept: np.ndarray, shown: np.ndarray) -> list[str]:
-    candidates = np.flatnonzero(kept)
-    looks = _looks(fitter, shown)
+def _nearest(result: Result, names: Sequence[str], shown: np.ndarray) -> list[str]:
+    candidates = np.flatnonzero(result.kept)
+    looks = _looks(result.images, shown)
     best = torch.full((len(shown),), float("inf"))
     found = np.full(len(shown), -1)
     for start in range(0, len(candidates), _CHUNK):
         part = candidates[start : start + _CHUNK]
-        distance = torch.cdist(looks, _looks(fitter, part))
+        distance = torch.cdist(looks, _looks(result.images, part))
         distance[torch.from_numpy(shown[:, None] == part[None])] = float("inf")
         values, columns = distance.min(1)
         nearer = (values < best).numpy()
@@ -133,11 +132,11 @@ def _nearest(fitter: DensityFitter, names: Sequence[str], kept: np.ndarray, show
     return [names[i] if i >= 0 else "" for i in found]
 
 
-def _looks(fitter: DensityFitter, images: np.ndarray) -> torch.Tensor:
+def _looks(images: Images, rows: np.ndarray) -> torch.Tensor:
     """Pooled whitened embeddings, ``[n x D * 16]``."""
     parts = [
-        F.adaptive_avg_pool2d(chunk.transpose(1, 2).unflatten(2, fitter.grid), _COARSE).flatten(1)
-        for _, chunk in fitter.whitened(images)
+        F.adaptive_avg_pool2d(chunk.transpose(1, 2).unflatten(2, images.grid), _COARSE).flatten(1)
+        for _, chunk in images.chunks(rows)
     ]
     return torch.cat(parts)
 

@@ -31,7 +31,7 @@ DECIDED_BY = ("rule", "user", "unreadable")
 
 _TEXT = ("image_path", "sha256", "decision", "decided_by", "reason", "quality")
 _FIRST = ["image_path", "sha256", "decision", "decided_by", "round", "reason"]
-_FIRST += ["score", "fence_distance", "dirty_probability", "uncertainty"]
+_FIRST += ["score", "fence_distance", "q_value", "variant"]
 _ROUND = re.compile(r"score_round_(\d+)")
 
 
@@ -55,7 +55,7 @@ class Manifest:
         table (pd.DataFrame): Columns ``image_path`` (relative to the root, with ``/``), ``sha256`` (empty if the file
             could not be read at all), ``decision`` (keep, reject, review), ``decided_by`` (rule, user, unreadable),
             ``round`` (in which a rejected image left for good; 0 for the others), ``reason``, ``score``,
-            ``fence_distance``, ``dirty_probability``, ``uncertainty``, ``score_<part>``, ``score_round_<k>``,
+            ``fence_distance``, ``q_value``, ``uncertainty``, ``score_<part>``, ``score_round_<k>``,
             ``quality``. Scores are in robust standard deviations of the kept images, the probability in [0, 1].
             Further columns are kept as they are. Stored as a copy, sorted by ``image_path``, columns in this order.
         run (dict[str, Any]): What was run. ``root``, the absolute folder that ``image_path`` is relative to, is a must.
@@ -163,7 +163,7 @@ class Manifest:
         if decision == "reject":
             return rows.sort_values("score", ascending=False, kind="stable", na_position="last")
         if decision == "review":
-            margin = (rows.dirty_probability - 0.5).abs().fillna(0)
+            margin = (rows.q_value - 0.5).abs().fillna(0)
             order = pd.DataFrame({"margin": margin, "spread": -rows.uncertainty}).sort_values(["margin", "spread"])
             return rows.loc[order.index]
         return rows
@@ -350,9 +350,9 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
     if outside:
         msg = f"image_path must be relative to the root and inside of it; found {some(outside)}."
         raise ValueError(msg)
-    if not table.dirty_probability.dropna().between(0, 1).all():
-        msg = "dirty_probability must lie in [0, 1]; "
-        raise ValueError(msg + f"found {table.dirty_probability.min():g} to {table.dirty_probability.max():g}.")
+    if not table.q_value.dropna().between(0, 1).all():
+        msg = "q_value must lie in [0, 1]; "
+        raise ValueError(msg + f"found {table.q_value.min():g} to {table.q_value.max():g}.")
     return table.sort_values("image_path", ignore_index=True)
 
 

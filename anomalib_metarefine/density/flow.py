@@ -103,23 +103,3 @@ def position_code(height: int, width: int) -> torch.Tensor:
         [wave(octaves * axis) for axis in (rows, columns) for wave in (torch.sin, torch.cos)],
         dim=1,
     )
-
-
-def image_score(patch_scores: torch.Tensor, tail: float) -> torch.Tensor:
-    """Mean of the highest patch scores of each image.
-
-    A defect covers few patches; the mean over all of them loses 3 to 20 points of image AUROC.
-
-    Args:
-        patch_scores (torch.Tensor): ``[B x P]``.
-        tail (float): Share of the patches that count, in (0, 1]; at least one does.
-
-    Returns:
-        torch.Tensor: ``[B]``.
-
-    Example:
-        >>> image_score(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), tail=0.5)
-        tensor([3.5000])
-    """
-    count = max(1, round(tail * patch_scores.shape[-1]))
-    return patch_scores.topk(count, dim=-1).values.mean(-1)

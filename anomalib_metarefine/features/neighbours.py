@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from anomalib_metarefine.features.embedding import image_score
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from anomalib_metarefine.features.store import FeatureStore
 
@@ -34,10 +36,9 @@ class NearestImages:
     """For every patch, the reference images that come nearest to it, and how near.
 
     Args:
-        store (FeatureStore): Embeddings of all images.
-        order (Sequence[int]): Row of the store for each image; results follow this order.
+        store (FeatureStore): Embeddings of all images; results follow its order.
         grid (tuple[int, int]): Rows and columns of patches.
-        generator (torch.Generator): Which images are references, where there are more than ``references``.
+        seed (int): Of which images are references, where there are more than ``references``.
         window (int): Patches at most this far off, in rows and columns, are compared.
         references (int): Images compared with at most; cost and memory grow with them.
         nearest (int): References remembered for each patch. Where all of them are rejected later, the farthest stands
@@ -46,29 +47,32 @@ class NearestImages:
 
     Attributes:
         distances (np.ndarray): ``[N x P x K]`` half precision, ascending; infinite where there is no other image.
-        images (np.ndarray): ``[N x P x K]``, positions in ``order``.
+        images (np.ndarray): ``[N x P x K]``, rows of the store.
+        layout (float): Share of the variance of the references' patches that their place explains, in [0, 1].
     """
 
     def __init__(
         self,
         store: FeatureStore,
-        order: Sequence[int],
         grid: tuple[int, int],
-        generator: torch.Generator,
+        seed: int,
         window: int = 1,
         references: int = 300,
         nearest: int = 24,
         on_images: Callable[[int], None] | None = None,
     ) -> None:
         self._grid, self._window = grid, window
-        order = np.asarray(order)
-        count = len(order)
+        generator = torch.Generator().manual_seed(seed)
+        count = len(store)
         chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
         sample = store.sample_patches(_SAMPLE, generator)
         self._centre = sample.mean(0)
         axes = torch.linalg.eigh(torch.cov((sample - self._centre).T)).eigenvectors
         self._axes = axes.flip(1)[:, :_DIMENSIONS]
-        memory = self._project(store.images(order[chosen]))  # [P x M x D]
+        memory = self._project(store.images(chosen))  # [P x M x D]
+        total = (memory - memory.mean((0, 1))).square().sum()
+        own = (memory - memory.mean(1, keepdim=True)).square().sum()
+        self.layout = float(1 - own / total) if total > 0 else 1.0
         norms = memory.square().sum(-1)
         patches, kept = len(memory), min(nearest, len(chosen))
         self._remembers_all = kept == len(chosen)
@@ -76,7 +80,7 @@ class NearestImages:
         self.images = np.empty((count, patches, kept), dtype=np.int32)
         for start in range(0, count, _CHUNK):
             rows = np.arange(start, min(start + _CHUNK, count))
-            squared = self._compare(self._project(store.images(order[rows])), memory, norms)
+            squared = self._compare(self._project(store.images(rows)), memory, norms)
             own = torch.from_numpy(rows[:, None] == chosen[None])
             squared.masked_fill_(own.unsqueeze(0), float("inf"))
             values, columns = squared.topk(kept, dim=2, largest=False)
@@ -103,6 +107,15 @@ class NearestImages:
         results = [self._episodic(slice(i, i + _CHUNK), kept) for i in range(0, len(kept), _CHUNK)]
         mean, deviation = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*results, strict=True))
         return mean, deviation
+
+    def image_distances(self, kept: np.ndarray, tail: float) -> np.ndarray:
+        """Mean distance of the most distant patches of each image, see `episodic`, ``[N]``.
+
+        Args:
+            kept (np.ndarray): ``[N]`` mask of the images that support sets are drawn from.
+            tail (float): Share of the patches that count.
+        """
+        return image_score(self.episodic(kept)[0], tail).double().numpy()
 
     def _episodic(self, rows: slice, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         distances = self.distances[rows].astype(np.float32)

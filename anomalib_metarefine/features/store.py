@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _GROWTH = 2  # the file doubles when it is full: amortised constant cost per image
 
@@ -35,6 +35,7 @@ class FeatureStore:
         self._folder: tempfile.TemporaryDirectory | None = None
         self._file: np.memmap | None = None
         self._count = 0
+        self._order: np.ndarray | None = None
         self.paths: list[str] = []
         self.left_out: dict[str, str] = {}
 
@@ -65,7 +66,11 @@ class FeatureStore:
 
         Raises:
             ValueError: If patches or channels differ from those of the images already stored.
+            RuntimeError: If the store was sorted.
         """
+        if self._order is not None:
+            msg = "The store is sorted; images can't be added any more."
+            raise RuntimeError(msg)
         half = embeddings.detach().to("cpu", torch.float16)
         finite = half.isfinite().flatten(1).all(1)
         for i in (~finite).nonzero().flatten().tolist():
@@ -91,12 +96,24 @@ class FeatureStore:
         self._count += len(half)
         self.paths.extend(kept)
 
-    def images(self, indices: Sequence[int] | slice = slice(None)) -> torch.Tensor:
+    def sort(self) -> None:
+        """Bring the images in the order of their paths, so that results don't depend on how a dataloader shuffled."""
+        self._order = np.argsort(self.paths, kind="stable")
+        self.paths = [self.paths[i] for i in self._order]
+
+    def images(self, rows: Sequence[int] | np.ndarray | slice = slice(None)) -> torch.Tensor:
         """Embeddings of some images in single precision, ``[N x P x C]``."""
+        rows = rows if self._order is None else self._order[rows]
         if self._file is not None:
-            return torch.from_numpy(np.asarray(self._file[: self._count][indices], dtype=np.float32))
+            return torch.from_numpy(np.asarray(self._file[: self._count][rows], dtype=np.float32))
         self._consolidate()
-        return self._chunks[0][indices].float()
+        return self._chunks[0][rows].float()
+
+    def chunks(self, rows: np.ndarray, size: int = 64) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Some images a few at a time: their rows ``[n]`` and embeddings ``[n x P x C]``."""
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            yield part, self.images(part)
 
     def of(self, paths: Sequence[str]) -> FeatureStore:
         """A store in memory of the images of these paths, in this order; each must be here."""
@@ -111,6 +128,8 @@ class FeatureStore:
         total = len(self) * patches
         picks = torch.randperm(total, generator=generator)[:count].sort().values
         rows, columns = picks // patches, picks % patches
+        if self._order is not None:
+            rows = torch.from_numpy(self._order)[rows]
         if self._file is not None:
             return torch.from_numpy(self._file[rows.numpy(), columns.numpy()].astype(np.float32))
         self._consolidate()

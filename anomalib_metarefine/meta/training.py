@@ -7,7 +7,6 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,42 +19,16 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.meta.episodes import Category
     from anomalib_metarefine.meta.maml import Loss, Parameters
+    from anomalib_metarefine.settings import Settings
 
-ALGORITHMS = ("maml", "fomaml", "pretraining")
 _MAX_NORM = 1.0  # of the outer gradient
-
-
-@dataclass(frozen=True)
-class MetaSettings:
-    """Settings of meta-training; `MetaRefine` documents each, and has the same defaults."""
-
-    meta_algorithm: str = "maml"
-    meta_backend: str = "torch"
-    meta_steps: int = 10
-    episodes: int = 2
-    support_images: int = 16
-    inner_steps: int = 2
-    inner_lr: float = 0.1
-    meta_lr: float = 5e-4
-    batch_patches: int = 1024
-
-
-def check_algorithm(name: str) -> None:
-    """Refuse what is not in `ALGORITHMS`.
-
-    Raises:
-        ValueError: If there is no algorithm of that name.
-    """
-    if name not in ALGORITHMS:
-        msg = f"There is no meta-learning algorithm {name!r}. Choose one of {', '.join(map(repr, ALGORITHMS))}."
-        raise ValueError(msg)
 
 
 def meta_train(
     categories: Sequence[Category],
     start: Parameters,
     loss: Loss,
-    settings: MetaSettings,
+    settings: Settings,
     generator: torch.Generator,
     on_step: Callable[[int, float], None],
 ) -> Parameters:
@@ -65,18 +38,14 @@ def meta_train(
         categories (Sequence[Category]): Each episode is drawn from one of them, in turn.
         start (Parameters): Left as it is.
         loss (Loss): Scalar loss of (parameters, batch), for support and query batches.
-        settings (MetaSettings): Steps, algorithm and backend. Pre-training has no inner loop: its support sets are
+        settings (Settings): Steps, algorithm and backend. Pre-training has no inner loop: its support sets are
             empty.
         generator (torch.Generator): Source of randomness.
         on_step (Callable[[int, float], None]): Told number and mean query loss of every outer step.
 
     Returns:
         Parameters: Leaves that require gradients.
-
-    Raises:
-        ValueError: If there is no such algorithm or backend.
     """
-    check_algorithm(settings.meta_algorithm)
     learner = get_learner(settings.meta_backend)
     inner_steps = 0 if settings.meta_algorithm == "pretraining" else settings.inner_steps
     parameters = as_leaves(start)

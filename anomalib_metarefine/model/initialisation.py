@@ -12,18 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from anomalib_metarefine.density.patch_density import Parameters, new_flow
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.progress import progress_bars
-from anomalib_metarefine.refinement.engine import (
-    DensityFitter,
-    FitSettings,
-    flow_loss,
-    learn_initialisation,
-    new_flow,
-    trainable,
-)
+from anomalib_metarefine.refinement.engine import Images, fit_whitening, learn_initialisation
+from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +28,6 @@ if TYPE_CHECKING:
     from anomalib_metarefine.density.flow import PatchFlow
     from anomalib_metarefine.features.store import FeatureStore
     from anomalib_metarefine.meta.maml import Parameters
-    from anomalib_metarefine.model.torch_model import MetaRefineModel
 
 _FORMAT = 2
 _PATCHES = 65_536  # of all categories together, that the whitening is fitted on
@@ -89,20 +83,15 @@ class SharedInitialisation:
             raise ValueError(msg)
         return cls(**{**data, "whitening": Whitening(*data["whitening"])})
 
-    def hand_to(self, model: MetaRefineModel, backbone: str) -> Parameters:
-        """Put the flow into a model, permutations included, and give what its training starts from.
+    def require_same(self, backbone: Backbone, name: str, flow: PatchFlow) -> None:
+        """Raise a ``ValueError`` if a model has another backbone, other layers or a flow of another size.
 
         Args:
-            model (MetaRefineModel): Its flow is changed.
-            backbone (str): Its timm name.
-
-        Returns:
-            Parameters: Those of the flow that learn.
-
-        Raises:
-            ValueError: If the model has another backbone, other layers or a flow of another size.
+            backbone (Backbone): The model's.
+            name (str): Its timm name.
+            flow (PatchFlow): The model's.
         """
-        found = describe(model.backbone, backbone, model.flow)
+        found = describe(backbone, name, flow)
         different = [
             f"{key} is {found[key]!r} here and {self.made_for[key]!r} there"
             for key in found
@@ -111,8 +100,6 @@ class SharedInitialisation:
         if different:
             msg = f"The initialisation was learned for another model: {'; '.join(different)}."
             raise ValueError(msg)
-        model.flow.load_state_dict(self.flow)
-        return trainable(model.flow)
 
 
 def describe(backbone: Backbone, name: str, flow: PatchFlow) -> dict[str, Any]:
@@ -132,7 +119,7 @@ def learn_shared(
     *,
     backbone: str = OFFLINE_BACKBONE,
     layers: Sequence[str] | None = None,
-    settings: FitSettings | None = None,
+    settings: Settings | None = None,
     seed: int = 0,
     batch_size: int = 32,
     memory_limit_mb: float = 2048,
@@ -145,7 +132,7 @@ def learn_shared(
             them, and the height and width they are resized to; ``None`` takes their own shape.
         backbone (str): Any timm architecture.
         layers (Sequence[str] | None): Modules of the backbone to read; ``None`` takes strides 8 and 16.
-        settings (FitSettings | None): Of flow and meta-training; ``None`` takes what `MetaRefine` does by default.
+        settings (Settings | None): Of flow and meta-training; ``None`` takes what `MetaRefine` does by default.
         seed (int): Of everything random.
         batch_size (int): Images at a time in the backbone.
         memory_limit_mb (float): Of each category; past it, features go to a memory-mapped temporary file.
@@ -161,8 +148,7 @@ def learn_shared(
     if not data:
         msg = "There is nothing to meta-train on: give the images of at least one category."
         raise ValueError(msg)
-    settings = settings or FitSettings()
-    generator = torch.Generator().manual_seed(seed)
+    settings = settings or Settings()
     with progress_bars(progress) as bars:
         network = Backbone(backbone, layers)
         categories = [
@@ -171,11 +157,8 @@ def learn_shared(
             )
             for images, size in data
         ]
-        channels = categories[0].store.shape[1]
-        flow = new_flow(channels, settings, seed)
-        whitening, learned = learn_together(
-            [(category.store, category.grid) for category in categories], flow, settings, generator, bars
-        )
+        pairs = [(category.store, category.grid) for category in categories]
+        whitening, flow, learned = learn_together(pairs, settings, seed, bars)
     flow.load_state_dict({name: value.detach() for name, value in learned.items()}, strict=False)
     run = {
         "data": [
@@ -183,44 +166,28 @@ def learn_shared(
             for (source, _), c in zip(data, categories, strict=True)
         ],
         "seed": seed,
-        "settings": vars(settings),
+        "settings": settings.as_dict(),
         "versions": versions(),
     }
     return SharedInitialisation(whitening, flow.state_dict(), describe(network, backbone, flow), run)
 
 
 def learn_together(
-    categories: Sequence[tuple[FeatureStore, tuple[int, int]]],
-    flow: PatchFlow,
-    settings: FitSettings,
-    generator: torch.Generator,
-    progress: Progress,
-) -> tuple[Whitening, Parameters]:
+    categories: Sequence[tuple[FeatureStore, tuple[int, int]]], settings: Settings, seed: int, progress: Progress
+) -> tuple[Whitening, PatchFlow, Parameters]:
     """Meta-train on features of several categories.
 
     Args:
         categories (Sequence[tuple[FeatureStore, tuple[int, int]]]): Features of each, and its grid of patches.
-        flow (PatchFlow): The starting point; left as it is.
-        settings (FitSettings): Of meta-training.
-        generator (torch.Generator): Source of randomness.
+        settings (Settings): Of flow and meta-training.
+        seed (int): Of everything random.
         progress (Progress): Where bars are shown.
 
     Returns:
-        tuple[Whitening, Parameters]: The global whitening of all, and what was learned behind it.
+        tuple[Whitening, PatchFlow, Parameters]: The global whitening of all, the flow, and what was learned of it.
     """
-    share = _PATCHES // len(categories)
-    sample = torch.cat([store.sample_patches(share, generator) for store, _ in categories])
-    whitening = Whitening.fit(sample, flow.dimensions)
-    fitters = [
-        DensityFitter(store, flow, grid, settings, generator, progress, whitening=whitening)
-        for store, grid in categories
-    ]
-    learned = learn_initialisation(
-        [fitter.category() for fitter in fitters],
-        trainable(flow),
-        flow_loss(flow, settings.trim),
-        settings,
-        generator,
-        progress,
-    )
-    return whitening, learned
+    channels = categories[0][0].shape[1]
+    flow = new_flow(channels, settings.dimensions, settings.blocks, settings.hidden, seed_for(seed, "flow"))
+    whitening = fit_whitening([store for store, _ in categories], flow.dimensions, seed)
+    images = [Images(store, whitening, grid) for store, grid in categories]
+    return whitening, flow, learn_initialisation(images, flow, settings, seed, progress)

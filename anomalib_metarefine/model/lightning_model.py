@@ -7,10 +7,12 @@ References:
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from anomalib import LearningType
@@ -27,74 +29,53 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_metarefine.density.patch_density import trainable
 from anomalib_metarefine.features.backbone import normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.images.reading import check_images
-from anomalib_metarefine.meta.maml import BACKENDS, Parameters, get_learner
-from anomalib_metarefine.meta.training import check_algorithm
+from anomalib_metarefine.meta.maml import get_learner
 from anomalib_metarefine.model.calibration import calibrate_model
 from anomalib_metarefine.model.export import data_hashes, describe, exportable, quantize
 from anomalib_metarefine.model.initialisation import SharedInitialisation
 from anomalib_metarefine.model.torch_model import MetaRefineModel
 from anomalib_metarefine.progress import progress_bars
-from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings
+from anomalib_metarefine.refinement.engine import refine_images
 from anomalib_metarefine.refinement.rounds import Refinement
 from anomalib_metarefine.refinement.rules import get_rule
+from anomalib_metarefine.settings import Settings, setting_names, settings_docstring
 
 if TYPE_CHECKING:
     import openvino
+
+    from anomalib_metarefine.density.flow import PatchFlow
+    from anomalib_metarefine.density.patch_density import Parameters
+    from anomalib_metarefine.features.embedding import Whitening
 
 logger = logging.getLogger(__name__)
 
 _SQUASH_WARNING = 1.25  # change of aspect ratio from which on we tell the user
 _CHECKPOINT_KEY = "metarefine"
+_DEFAULTS = Settings()
 
 
 class MetaRefine(MemoryBankMixin, AnomalibModule):
     """Anomaly detection from a dirty training set.
 
-    One pass over the training images collects features of a frozen backbone. A normalizing flow over whitened patches
-    is meta-trained on episodes with deliberately dirtied support sets; then rounds of refinement fit, score, reject the
-    images past a fence and fit again from the same meta-learned initialisation. The result, with the decision about
-    every image, is in the checkpoint (`refinement`).
+    One pass over the training images collects features of a frozen backbone. By default a normalizing flow over
+    whitened patches is meta-trained on episodes with deliberately dirtied support sets. Then rounds of refinement adapt
+    the flow to the kept images, add its likelihood to the distance to the nearest other images, and reject those past a
+    fence that are like other suspicious ones. The density of what is kept is the model; the decision about every image
+    is in the checkpoint (`refinement`).
 
     Args:
         backbone (str): Any timm architecture.
         layers (Sequence[str] | None): Modules of the backbone to read; ``None`` takes strides 8 and 16.
         pre_trained (bool): Load pretrained weights.
         image_size (tuple[int, int]): Height and width the images are resized to. Keep the aspect ratio of your images.
-        dimensions (int): Channels of a whitened patch.
-        blocks (int): Coupling blocks of the flow.
-        hidden (int): Width of the coupling networks.
-        shrinkage (float): Weight in [0, 1] of the pooled covariance in that of every grid position.
-        tail (float): Share of the patches that make the image score, in (0, 1].
-        trim (float): Share of the least likely patches in every batch that the flow does not learn from, in [0, 1).
-        meta_algorithm (str): How the initialisation is learned: ``"maml"``, ``"fomaml"`` or ``"pretraining"``.
-        meta_backend (str): ``"torch"``, or ``"learn2learn"``, which computes the same.
-        meta_steps (int): Outer steps; 0 starts from the untrained flow.
-        episodes (int): Tasks per outer step.
-        support_images (int): Images in a support set.
-        inner_steps (int): Inner steps of an episode.
-        inner_lr (float): Step size of the inner loop and of the adaptation in every round.
-        meta_lr (float): Step size of the outer loop (Adam).
+        {settings}
         init_from (str | Path | None): File of `metarefine meta-train` to start from, instead of meta-training here.
-        adaptation_steps (int): Gradient steps from the meta-learned initialisation in every round.
-        batch_patches (int): Patches per gradient step.
-        likelihood_weight (float): Weight of the likelihood in the score that refinement rejects by. Above 0, every
-            round fits the density anew, from the meta-learned initialisation, as in the paper.
-        neighbour_weight (float): Weight of the distance to the nearest other images in that score.
-        likeness_weight (float): How much it also counts whether what is unusual about an image is what is unusual about
-            other suspicious images (`refinement.likeness`); resemblance to rejected ones counts twice that. 0 leaves it
-            to the score. Needs 20 images and ``neighbour_weight`` above 0.
-        rule (str): Rejection rule, with settings if need be: ``"auto"``, ``"iqr"`` (the paper's; it fails past 25 %
-            contamination), ``"share:0.1"``... ``docs/rules.md`` lists them.
-        rounds (int): Rounds of refinement at most; 0 trains on everything.
-        patch_fence (float): Where refinement rejects no image, regions of patches that lie this many spreads further
-            from their like than other patches of the same place are not learned from; 0 learns from all. Where parts
-            lie anywhere, all are learned from anyway (`refinement.patches`). Needs 80 images and ``neighbour_weight``
-            above 0.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
             backbone was trained.
@@ -119,91 +100,53 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         layers: Sequence[str] | None = None,
         pre_trained: bool = True,
         image_size: tuple[int, int] = (256, 256),
-        dimensions: int = 128,
-        blocks: int = 4,
-        hidden: int = 64,
-        shrinkage: float = 0.2,
-        tail: float = 0.03,
-        trim: float = 0.1,
-        meta_algorithm: str = "maml",
-        meta_backend: str = "torch",
-        meta_steps: int = 10,
-        episodes: int = 2,
-        support_images: int = 16,
-        inner_steps: int = 2,
-        inner_lr: float = 0.1,
-        meta_lr: float = 5e-4,
+        dimensions: int = _DEFAULTS.dimensions,
+        blocks: int = _DEFAULTS.blocks,
+        hidden: int = _DEFAULTS.hidden,
+        shrinkage: float = _DEFAULTS.shrinkage,
+        tail: float = _DEFAULTS.tail,
+        trim: float = _DEFAULTS.trim,
+        adaptation_steps: int = _DEFAULTS.adaptation_steps,
+        batch_patches: int = _DEFAULTS.batch_patches,
+        meta_algorithm: Literal["maml", "fomaml", "pretraining"] = _DEFAULTS.meta_algorithm,
+        meta_backend: Literal["torch", "learn2learn"] = _DEFAULTS.meta_backend,
+        meta_steps: int = _DEFAULTS.meta_steps,
+        episodes: int = _DEFAULTS.episodes,
+        support_images: int = _DEFAULTS.support_images,
+        inner_steps: int = _DEFAULTS.inner_steps,
+        inner_lr: float = _DEFAULTS.inner_lr,
+        meta_lr: float = _DEFAULTS.meta_lr,
+        likelihood_weight: float = _DEFAULTS.likelihood_weight,
+        neighbour_weight: float = _DEFAULTS.neighbour_weight,
+        neighbour_tail: float = _DEFAULTS.neighbour_tail,
+        neighbour_window: int = _DEFAULTS.neighbour_window,
+        references: int = _DEFAULTS.references,
+        likeness_weight: float = _DEFAULTS.likeness_weight,
+        structure: Literal["auto", "aligned", "anywhere", "unlike"] = _DEFAULTS.structure,
+        rule: str = _DEFAULTS.rule,
+        rounds: int = _DEFAULTS.rounds,
+        patch_fence: float = _DEFAULTS.patch_fence,
         init_from: str | Path | None = None,
-        adaptation_steps: int = 10,
-        batch_patches: int = 1024,
-        likelihood_weight: float = 0.0,
-        neighbour_weight: float = 1.0,
-        likeness_weight: float = 0.25,
-        rule: str = "auto",
-        rounds: int = 4,
-        patch_fence: float = 2.5,
         memory_limit_mb: float = 2048,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        _check("shrinkage", shrinkage, 0 <= shrinkage <= 1, "a number in [0, 1]")
-        _check("tail", tail, 0 < tail <= 1, "a number in (0, 1]")
-        _check("trim", trim, 0 <= trim < 1, "a number in [0, 1)")
-        for name, value in [
-            ("likelihood_weight", likelihood_weight), ("neighbour_weight", neighbour_weight),
-            ("likeness_weight", likeness_weight), ("patch_fence", patch_fence),
-        ]:  # fmt: skip
-            _check(name, value, value >= 0, "a number of at least 0")
-        _check(
-            "neighbour_weight",
-            neighbour_weight,
-            likelihood_weight + neighbour_weight > 0,
-            "above 0 if likelihood_weight is 0",
-        )
-        for name, value, least in [
-            ("dimensions", dimensions, 2), ("blocks", blocks, 1), ("hidden", hidden, 1), ("meta_steps", meta_steps, 0),
-            ("episodes", episodes, 1), ("support_images", support_images, 1), ("inner_steps", inner_steps, 1),
-            ("adaptation_steps", adaptation_steps, 0), ("batch_patches", batch_patches, 1), ("rounds", rounds, 0),
-        ]:  # fmt: skip
-            _check(name, value, value >= least, f"an integer of at least {least}")
-        check_algorithm(meta_algorithm)
-        _check("meta_backend", meta_backend, meta_backend in BACKENDS, f"one of {', '.join(BACKENDS)}")
-        get_rule(rule)
+        chosen = locals()
+        settings = Settings(**{name: chosen[name] for name in setting_names()})
+        get_rule(settings.rule)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(tuple(image_size), backbone)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        self.model: MetaRefineModel = MetaRefineModel(backbone, layers, pre_trained, dimensions, blocks, hidden, tail)
-        self.settings = FitSettings(
-            dimensions=dimensions,
-            blocks=blocks,
-            hidden=hidden,
-            shrinkage=shrinkage,
-            tail=tail,
-            trim=trim,
-            meta_steps=meta_steps,
-            episodes=episodes,
-            support_images=support_images,
-            inner_steps=inner_steps,
-            inner_lr=inner_lr,
-            meta_lr=meta_lr,
-            meta_algorithm=meta_algorithm,
-            meta_backend=meta_backend,
-            adaptation_steps=adaptation_steps,
-            batch_patches=batch_patches,
-            likelihood_weight=likelihood_weight,
-            neighbour_weight=neighbour_weight,
-            likeness_weight=likeness_weight,
-            rule=rule,
-            rounds=rounds,
-            patch_fence=patch_fence,
+        self.model: MetaRefineModel = MetaRefineModel(
+            backbone, layers, pre_trained, settings.dimensions, settings.blocks, settings.hidden, settings.tail
         )
+        self.settings = settings
         self._backbone, self._init_from = backbone, init_from
         self._shared: SharedInitialisation | None = None
-        self._initial: Parameters | None = None
         self.refinement: Refinement | None = None
         self.calibration: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
@@ -250,7 +193,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         get_learner(self.settings.meta_backend)
         if self._init_from:
             self._shared = SharedInitialisation.load(self._init_from)
-            self._initial = self._shared.hand_to(self.model, self._backbone)
+            self._shared.require_same(self.model.backbone, self._backbone, self.model.flow)
 
     def on_train_start(self) -> None:
         """Give the datamodule its full training set back: the training dataloader exists by now."""
@@ -289,29 +232,22 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             msg = f"There is no training image to fit MetaRefine on ({reason})."
             raise ValueError(msg)
         seed = torch.initial_seed() % 2**63
-        generator = torch.Generator().manual_seed(seed)
+        self._store.sort()
         with (
             progress_bars(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,
             torch.inference_mode(mode=False),
             torch.enable_grad(),
         ):
-            fitter = DensityFitter(
-                self._store,
-                self.model.flow.cpu(),
-                self._grid,
-                self.settings,
-                generator,
-                progress,
-                self._log_figures,
-                self._shared.whitening if self._shared else None,
-                self._initial,
+            start = self._start()
+            result = refine_images(
+                self._store, self._grid, self.settings, seed, progress, start=start, log=self._log_figures
             )
-            density, self.refinement = fitter.fit()
-        self.model.load_density(density, self._grid)
-        self.model.flow.to(self.device)
-        self.refinement.left_out |= self._unreadable
+        self.model.load_density(result.density, self._grid)
+        self.model.to(self.device)
+        self.refinement = replace(result.refinement, left_out=result.refinement.left_out | self._unreadable)
         self.provenance = {"seed": seed, **data_hashes(self.refinement, self._hashes)}
         self._set_first_thresholds()
+        logger.info(self.refinement.structure)
         logger.info(
             "Refinement kept %d of %d training images (%s), and %.1f %% of their patches.",
             sum(self.refinement.kept), len(self.refinement.kept), self.refinement.stop_reason,
@@ -320,6 +256,14 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         for path, reason in self._store.left_out.items():
             logger.warning("%s is left out: %s", path, reason)
         self._store = FeatureStore(self._memory_limit_mb)
+
+    def _start(self) -> tuple[Whitening, PatchFlow, Parameters] | None:
+        """The shared initialisation, if there is one."""
+        if self._shared is None:
+            return None
+        flow = copy.deepcopy(self.model.flow).cpu()
+        flow.load_state_dict(self._shared.flow)
+        return self._shared.whitening, flow, trainable(flow)
 
     def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score a batch; see `MetaRefineModel.forward`."""
@@ -462,7 +406,4 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             )  # fmt: skip
 
 
-def _check(name: str, value: object, accepted: bool, expected: str) -> None:
-    if not accepted:
-        msg = f"{name} must be {expected}, found {value!r}."
-        raise ValueError(msg)
+MetaRefine.__doc__ = (MetaRefine.__doc__ or "").replace("{settings}", settings_docstring(indent=8).lstrip())

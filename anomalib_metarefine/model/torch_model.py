@@ -8,16 +8,16 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import nn
 
-from anomalib_metarefine.density.flow import PatchFlow, image_score, position_code
+from anomalib_metarefine.density.flow import PatchFlow, position_code
 from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.features.backbone import Backbone
-from anomalib_metarefine.features.embedding import patch_embeddings
+from anomalib_metarefine.features.embedding import image_score, patch_embeddings
 from anomalib_metarefine.features.resize import ExactResize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anomalib_metarefine.refinement.engine import Density
+    from anomalib_metarefine.density.patch_density import PatchDensity
 
 
 class MetaRefineModel(nn.Module):
@@ -55,11 +55,11 @@ class MetaRefineModel(nn.Module):
         maps = self.backbone(images)
         return patch_embeddings(maps), tuple(maps[-1].shape[-2:])
 
-    def load_density(self, density: Density, grid: tuple[int, int]) -> None:
+    def load_density(self, density: PatchDensity, grid: tuple[int, int]) -> None:
         """Take over a fitted density.
 
         Args:
-            density (Density): Whitening and flow parameters.
+            density (PatchDensity): Whitening and flow parameters.
             grid (tuple[int, int]): Rows and columns of patches it was fitted on.
         """
         self.flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)

@@ -3,14 +3,8 @@
 A score of how unusual an image is knows nothing of *how* it is unusual. Scratches, broken fingers, stains come more
 than once in a dirty set; odd but clean images are odd in ways of their own. So a linear model learns to tell the most
 suspicious images of a set by the direction in which they deviate, and says of every image how suspicious it looks *from
-what the others teach*: no image is among its own teachers, or odd images would confirm themselves.
-
-The verdict changes the order of the images, not the distribution of their scores: that stays the one whose shape on
-clean images is known best, and every rule can rely on it. Score and verdict added up are a second scale of the same
-order, on which dirty images stand apart in some sets where they don't on the first, and the other way round. Once
-images are rejected they are better teachers than suspicious ones, and how much an image resembles them makes a third
-scale. Where nothing is rejected there are no such teachers, so a clean set can't talk itself into any. Rule `auto` and
-the estimate of the contamination look at all scales (docs/results.md has what was measured).
+what the others teach*: no image is among its own teachers, or odd images would confirm themselves. A person's answers
+teach what the person said, wherever the image lies.
 
 References:
     - Blum and Mitchell, "Combining Labeled and Unlabeled Data with Co-Training", COLT 1998: two views of the same
@@ -31,10 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _SUSPICIOUS = 0.2  # share of the images that are taken for suspicious, ever more so towards the highest score
-_UNSURE = 0.15  # share of the images, those just inside the fence, of which resemblance learns nothing
-_FEWEST_EXAMPLES = 10  # rejected images that resemblance learns from
 _RIDGE = 10.0  # penalty, in variances of one feature over the images; 1 to 30 hardly differ
-FEWEST_IMAGES = 20  # with 20 it gains a point of AUROC on ELPV, 3 to 5 on KolektorSDD; fewer were not tried
+FEWEST_IMAGES = 20  # fewer were not tried
 
 
 def deviations(
@@ -62,20 +54,18 @@ def deviations(
 
 
 def likeness(
-    features: np.ndarray, scores: np.ndarray, known: Mapping[int, bool] | None = None
+    features: np.ndarray, scores: np.ndarray, answers: Mapping[int, bool] | None = None
 ) -> tuple[np.ndarray, float]:
     """How suspicious every image looks to a linear model of the other images, and how far that is to be trusted.
 
     Args:
         features (np.ndarray): ``[N x D]``, see `deviations`.
         scores (np.ndarray): ``[N]``, higher is more anomalous; only their order counts.
-        known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject: they teach what
-            the person said.
+        answers (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject.
 
     Returns:
         tuple[np.ndarray, float]: ``[N]``, higher is more suspicious; and what the model explains of the others'
-            suspicion over what it doesn't, in variances, at most 1. Where every part lies differently (`screw`) it
-            explains little.
+            suspicion over what it doesn't, in variances, at most 1. Where parts lie anywhere it explains little.
 
     Example:
         >>> features = np.array([[0.0], [0.1], [0.2], [0.1], [0.0], [3.0], [3.2], [0.1]])
@@ -86,49 +76,22 @@ def likeness(
     count = len(scores)
     rank = (rankdata(scores) - 1) / max(count - 1, 1)
     suspicion = ((rank - (1 - _SUSPICIOUS)) / _SUSPICIOUS).clip(0, 1)
-    for image, keep in (known or {}).items():
+    for image, keep in (answers or {}).items():
         suspicion[image] = not keep
-    others = _from_the_others(features, suspicion, np.ones(count, dtype=bool))
+    others = _from_the_others(features, suspicion)
     return others, _explained(others, suspicion)
 
 
-def resemblance(
-    features: np.ndarray, scores: np.ndarray, kept: np.ndarray, known: Mapping[int, bool] | None = None
-) -> np.ndarray | None:
-    """How much every image looks like the *other* rejected images rather than like kept ones.
-
-    A few certain examples say more than a fifth that is suspicious by degrees. Kept images just inside the fence, half
-    of which are dirty where many are, teach nothing.
-
-    Args:
-        features (np.ndarray): ``[N x D]``, see `deviations`.
-        scores (np.ndarray): ``[N]``, higher is more anomalous; only their order counts.
-        kept (np.ndarray): ``[N]`` mask of the images that are not rejected.
-        known (Mapping[int, bool] | None): Images that a person has decided on teach wherever they lie.
-
-    Returns:
-        np.ndarray | None: ``[N]``, higher is more alike; ``None`` where fewer than 10 images are rejected.
-    """
-    if (~kept).sum() < _FEWEST_EXAMPLES:
-        return None
-    teaches = np.ones(len(scores), dtype=bool)
-    inside = np.flatnonzero(kept)
-    teaches[inside[np.argsort(-scores[inside], kind="stable")[: round(_UNSURE * len(scores))]]] = False
-    teaches[list(known or {})] = True
-    return _from_the_others(features, (~kept).astype(float), teaches)
-
-
-def _from_the_others(features: np.ndarray, target: np.ndarray, teaches: np.ndarray) -> np.ndarray:
-    """What ridge regression on the other images of a mask ``[N]`` predicts for each image, ``[N]``."""
+def _from_the_others(features: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """What ridge regression on the other images predicts for each image, ``[N]``."""
     spread = features.std(0)
-    x = (features - features[teaches].mean(0)) / np.where(spread > 0, spread, 1)
-    taught = x[teaches]
-    gram = taught.T @ taught + _RIDGE * len(taught) * np.eye(x.shape[1])
+    x = (features - features.mean(0)) / np.where(spread > 0, spread, 1)
+    gram = x.T @ x + _RIDGE * len(x) * np.eye(x.shape[1])
     smoother = np.linalg.solve(gram, x.T).T
-    leverage = np.where(teaches, (smoother * x).sum(1), 0)
+    leverage = (smoother * x).sum(1)
     # The mean is that of all: without its own share, an image would look the less suspicious the more it is.
-    centred = target - target[teaches].mean()
-    return (smoother @ (taught.T @ centred[teaches]) - leverage * centred) / np.maximum(1 - leverage, 1e-6)
+    centred = target - target.mean()
+    return (smoother @ (x.T @ centred) - leverage * centred) / np.maximum(1 - leverage, 1e-6)
 
 
 def _explained(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -137,22 +100,3 @@ def _explained(prediction: np.ndarray, truth: np.ndarray) -> float:
         return 0.0
     explained = max(np.corrcoef(prediction, truth)[0, 1], 0.0) ** 2
     return float(min(explained / max(1 - explained, 1e-6), 1.0))
-
-
-def reordered(scores: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """The same scores, given to the images in another order.
-
-    Args:
-        scores (np.ndarray): ``[N]``.
-        by (np.ndarray): ``[N]``, the order; ties stay in that of the scores.
-
-    Returns:
-        np.ndarray: ``[N]``, a permutation of ``scores``.
-
-    Example:
-        >>> reordered(np.array([5.0, 1.0, 3.0]), by=np.array([0.2, 0.1, 0.9]))
-        array([3., 1., 5.])
-    """
-    result = np.empty_like(scores)
-    result[np.lexsort((scores, by))] = np.sort(scores)
-    return result

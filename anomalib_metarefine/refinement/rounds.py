@@ -1,25 +1,28 @@
-"""The refinement loop: score, reject, adapt again from the same initialisation, until the kept set stays the same."""
+"""The rounds of refinement: score, reject, fit again, until the kept set stays the same."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from anomalib_metarefine.refinement.rules import MOST_REJECTED
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
-_MIN_KEPT = 0.5  # past this share of rejected images "normal" would no longer mean the majority
+    from anomalib_metarefine.refinement.rules import Rule
+    from anomalib_metarefine.refinement.scales import Scales
 
 
-@dataclass
+@dataclass(frozen=True)
 class Round:
     """One round of refinement.
 
     Attributes:
-        fence (float): Score past which images were rejected; infinity where none was.
+        fence (float): Score that the rejected images lie past; infinity where none was rejected.
         scores (list[float]): Score of every image under the density fitted on the images kept before this round.
         rejected (int): Images outside the kept set after this round.
     """
@@ -29,18 +32,34 @@ class Round:
     rejected: int
 
 
-@dataclass
+class Rounds(NamedTuple):
+    """What came of the rounds.
+
+    Attributes:
+        kept (np.ndarray): ``[N]`` mask; the last call of ``score`` was with it.
+        scales (Scales): What that call gave.
+        rounds (tuple[Round, ...]): One entry a round.
+        stop_reason (str): ``"converged"``, ``"cycle"``, ``"rounds"`` or ``"off"``.
+    """
+
+    kept: np.ndarray
+    scales: Scales
+    rounds: tuple[Round, ...]
+    stop_reason: str
+
+
+@dataclass(frozen=True)
 class Refinement:
-    """What refinement decided, image by image and round by round.
+    """What refinement decided, image by image and round by round; kept in the checkpoint.
 
     Attributes:
         paths (list[str]): The training images.
         kept (list[bool]): Whether the final density was fitted on the image.
         scores (list[float]): Final scores, in robust standard deviations of the kept images.
         rounds (list[Round]): One entry a round.
-        stop_reason (str): ``"converged"``, ``"cycle"``, ``"rounds"`` or ``"off"``.
+        stop_reason (str): See `Rounds`.
+        structure (str): What kind of folder it is, in a sentence; see `Structure`.
         left_out (dict[str, str]): Images that were never scored, with the reason.
-        parts (dict[str, list[float]]): What the final scores are made of.
         unusual_patches (float): Share of the patches of the kept images that the final density was not fitted on.
     """
 
@@ -49,8 +68,8 @@ class Refinement:
     scores: list[float]
     rounds: list[Round] = field(default_factory=list)
     stop_reason: str = "off"
+    structure: str = ""
     left_out: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, list[float]] = field(default_factory=dict)
     unusual_patches: float = 0.0
 
     @property
@@ -70,68 +89,74 @@ class Refinement:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Refinement:
+    def from_dict(cls, data: Mapping[str, Any]) -> Refinement:
         """The inverse of `to_dict`."""
         return cls(**{**data, "rounds": [Round(**r) for r in data["rounds"]]})
 
 
-def refine(
-    score: Callable[[np.ndarray], np.ndarray],
-    paths: list[str],
-    fence: Callable[[np.ndarray], float],
-    max_rounds: int,
-    on_round: Callable[[int, Round], None] | None = None,
-    known: Mapping[int, bool] | None = None,
-) -> Refinement:
+def run_rounds(
+    score: Callable[[np.ndarray], Scales],
+    count: int,
+    rule: Rule,
+    most: int,
+    answers: Mapping[int, bool] | None = None,
+    on_round: Callable[[int, Round], None] = lambda _number, _round: None,
+) -> Rounds:
     """Reject images round after round.
 
     Every round fits on the images kept so far, scores *all* images, and decides on all of them anew: an image that was
     rejected too early comes back. At least half of the images are always kept.
 
     Args:
-        score (Callable[[np.ndarray], np.ndarray]): Fits on the images of a mask ``[N]``, scores all, ``[N]``.
-        paths (list[str]): Names of the ``N`` images.
-        fence (Callable[[np.ndarray], float]): The score past which an image is rejected, see `Rule.fence`. It is asked
-            about the scores of every round right after they were made.
-        max_rounds (int): Rounds at most; 0 scores the images and rejects none.
-        on_round (Callable[[int, Round], None] | None): Called after each round, with its number from 1.
-        known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject: neither fence
+        score (Callable[[np.ndarray], Scales]): Fits on the images of a mask ``[N]``, scores all.
+        count (int): The number ``N`` of images.
+        rule (Rule): Says which images to reject.
+        most (int): Rounds at most; 0 scores the images and rejects none.
+        answers (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject: neither rule
             nor the limit of one half moves them.
+        on_round (Callable[[int, Round], None]): Called after each round, with its number from 1.
 
     Returns:
-        Refinement: Decisions, scores and the history. The last call of ``score`` was with the final kept set.
+        Rounds: Decisions and history.
     """
-    count = len(paths)
-    kept = _with_known(np.ones(count, dtype=bool), known)
-    scores = score(kept)
-    seen = {kept.tobytes()}
-    rounds: list[Round] = []
-    stop_reason = "off" if max_rounds == 0 else "rounds"
-    for number in range(1, max_rounds + 1):
-        limit = fence(scores)
-        candidate = scores <= limit
-        fewest = max(1, int(np.ceil(_MIN_KEPT * count)))
-        if candidate.sum() < fewest:
-            limit = float(np.sort(scores)[fewest - 1])
-            candidate = np.zeros(count, dtype=bool)
-            candidate[np.argsort(scores, kind="stable")[:fewest]] = True
-        candidate = _with_known(candidate, known)
-        rounds.append(Round(limit, scores.tolist(), int(count - candidate.sum())))
-        if on_round:
-            on_round(number, rounds[-1])
+    kept = _answered(np.ones(count, dtype=bool), answers)
+    scales = score(kept)
+    seen, rounds = {kept.tobytes()}, []
+    for number in range(1, most + 1):
+        images, fence = rule.reject(scales)
+        candidate = _answered(_at_least_half(~images, scales.scores), answers)
+        rounds.append(Round(fence, scales.scores.tolist(), int(count - candidate.sum())))
+        on_round(number, rounds[-1])
         if np.array_equal(candidate, kept):
-            stop_reason = "converged"
-            break
+            return Rounds(kept, scales, tuple(rounds), "converged")
         kept = candidate
-        scores = score(kept)
+        scales = score(kept)
         if kept.tobytes() in seen:
-            stop_reason = "cycle"
-            break
+            return Rounds(kept, scales, tuple(rounds), "cycle")
         seen.add(kept.tobytes())
-    return Refinement(list(paths), kept.tolist(), scores.tolist(), rounds, stop_reason)
+    return Rounds(kept, scales, tuple(rounds), "rounds" if most else "off")
 
 
-def _with_known(kept: np.ndarray, known: Mapping[int, bool] | None) -> np.ndarray:
-    for image, keep in (known or {}).items():
+def _at_least_half(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    fewest = max(1, int(np.ceil((1 - MOST_REJECTED) * len(kept))))
+    if kept.sum() >= fewest:
+        return kept
+    lowest = np.zeros(len(kept), dtype=bool)
+    lowest[np.argsort(scores, kind="stable")[:fewest]] = True
+    return lowest
+
+
+def _answered(kept: np.ndarray, answers: Mapping[int, bool] | None) -> np.ndarray:
+    for image, keep in (answers or {}).items():
         kept[image] = keep
     return kept if kept.any() else ~kept
+
+
+def record(
+    rounds: Rounds, paths: Sequence[str], structure: str, left_out: Mapping[str, str], unusual_patches: float
+) -> Refinement:
+    """The rounds as they are kept in a checkpoint; arguments as in `Refinement`."""
+    return Refinement(
+        list(paths), rounds.kept.tolist(), rounds.scales.scores.tolist(), list(rounds.rounds), rounds.stop_reason,
+        structure, dict(left_out), unusual_patches,
+    )  # fmt: skip

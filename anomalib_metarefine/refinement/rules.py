@@ -1,11 +1,11 @@
-"""Rejection rules: from the scores of a training set to the fence past which an image is rejected.
+"""Rejection rules: from the scores of a training set to the images that are rejected.
 
-A rule is one object with one method. Every rule is invariant to the order of the scores, moves with a shift and a scale
-of them, answers infinity (reject nothing) where the scores have no spread, and never rejects every image. ``refine``
-keeps at least half of the images whatever a rule says; what a rule guarantees by itself stands in its docstring.
+A rule is one object with one method. Every rule is invariant to the order of the images, moves with a shift and a scale
+of the scores, rejects nothing where they have no spread, and never rejects every image; `run_rounds` keeps half of the
+images at least, whatever a rule says. docs/rules.md compares the rules on real scores.
 
 *Breakdown point* is the share of images whose scores may be arbitrarily high before the fence can be arbitrarily far
-from the scores of the clean images. docs/rules.md compares the rules on real scores.
+from the scores of the clean images.
 """
 
 from __future__ import annotations
@@ -13,33 +13,38 @@ from __future__ import annotations
 import math
 from dataclasses import MISSING, Field, dataclass, fields
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 
 from anomalib_metarefine.robust import NORMAL_MAD, lower_side_scale
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from anomalib_metarefine.refinement.scales import Scales
 
-_MIXTURE_FEWEST = 10  # scores; the five parameters of two components are not to be had from fewer
-_MIXTURE_LIMITS = (-4.0, 12.0)  # lower-side spreads: beyond, how far out a score lies must not shape a component
-_MIXTURE_VARIANCE = 0.01  # squared spreads: no component narrower than a tenth of one, so that small ties are none
-_MIXTURE_STARTS = (0.5, 0.25, 0.1, 0.05)  # share of the scores that the upper component starts from
-_FEWEST_ANSWERS = 20  # of a person, for a fence: what was measured
+MOST_REJECTED = 0.5  # share of the images: past it "normal" would no longer mean the majority
+
+
+class Rejection(NamedTuple):
+    """What a rule answers.
+
+    Attributes:
+        images (np.ndarray): ``[N]`` mask of the rejected images.
+        fence (float): The score that every one of them lies past; infinity if there is none.
+    """
+
+    images: np.ndarray
+    fence: float
 
 
 class Rule(Protocol):
     """A rejection rule."""
 
-    def fence(self, scores: np.ndarray) -> float:
-        """The score past which an image is rejected.
+    def reject(self, scales: Scales) -> Rejection:
+        """The images to reject.
 
         Args:
-            scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
-
-        Returns:
-            float: Images with a score strictly above it are rejected; infinity rejects none.
+            scales (Scales): Scores of the ``N`` images, and what else is known of them.
         """
         ...
 
@@ -56,10 +61,6 @@ class TukeyFence:
 
     References:
         Tukey, "Exploratory Data Analysis", 1977; Aqeel et al., arXiv 2503.01569.
-
-    Example:
-        >>> TukeyFence().fence(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-        7.0
     """
 
     whisker: float = 1.5
@@ -67,10 +68,10 @@ class TukeyFence:
     def __post_init__(self) -> None:
         _check_positive(self, "whisker")
 
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        lower, upper = np.quantile(scores, [0.25, 0.75])
-        return float(upper + self.whisker * (upper - lower)) if upper > lower else float("inf")
+    def reject(self, scales: Scales) -> Rejection:
+        """See `Rule.reject`."""
+        lower, upper = np.quantile(scales.scores, [0.25, 0.75])
+        return _past(scales.scores, upper + self.whisker * (upper - lower) if upper > lower else math.inf)
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,6 @@ class MADFence:
     References:
         Hampel, "The Influence Curve and Its Role in Robust Estimation", 1974; Leys et al., "Detecting outliers: Do not
         use standard deviation around the mean, use absolute deviation around the median", 2013 (for 3, or 2.5).
-
-    Example:
-        >>> round(MADFence().fence(np.array([1.0, 2.0, 3.0, 4.0, 5.0])), 4)
-        7.4478
     """
 
     k: float = 3.0
@@ -97,58 +94,31 @@ class MADFence:
     def __post_init__(self) -> None:
         _check_positive(self, "k")
 
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        centre = float(np.median(scores))
-        spread = NORMAL_MAD * float(np.median(np.abs(scores - centre)))
-        return centre + self.k * spread if spread > 0 else float("inf")
+    def reject(self, scales: Scales) -> Rejection:
+        """See `Rule.reject`."""
+        centre = float(np.median(scales.scores))
+        spread = NORMAL_MAD * float(np.median(np.abs(scales.scores - centre)))
+        return _past(scales.scores, centre + self.k * spread if spread > 0 else math.inf)
 
 
 @dataclass(frozen=True)
-class ShorthFence:
-    """A fence anchored in the densest half of the scores: ``centre + width * spread``.
-
-    Centre is the median of the shortest interval that holds half of the scores (the shorth), spread the scaled median
-    distance of the scores *below* it (`lower_side_scale`). Defects raise a score, so they reach neither before they are
-    the majority: breakdown point 50 %. (The half-sample mode as the centre is `ModeFence`; on 300 scores it jumps about
-    so much that clean sets lost up to half of their images.) Keeps more than a quarter of the images. Use it where
-    dirty images stand well apart and the share is unknown.
-
-    Args:
-        width (float): Above 0.
-
-    References:
-        Andrews et al., "Robust Estimates of Location", 1972 (the shorth); Rousseeuw, "Least Median of Squares
-        Regression", 1984.
-    """
-
-    width: float = 8.0
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "width")
-
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        centre, spread = lower_side_scale(scores)
-        return centre + self.width * spread if spread > 0 else float("inf")
-
-
-@dataclass(frozen=True)
-class FDRFence:
-    """The lowest fence whose rejected images are expected to be clean in at most a share ``level`` of the cases.
+class FalseDiscoveryRate:
+    """Rejects the highest scores as long as few clean ones are expected among them. The default.
 
     A score is turned into a p-value under a reference for clean images, an exponential tail ``exp(-u / tail)`` of the
     distance ``u`` from the centre in lower-side spreads (`lower_side_scale`), and the procedure of Benjamini and
     Hochberg sets the fence. It adapts to the contamination: one outlier must be extreme to be rejected, but where a
     third of the images stand out, less is enough. Breakdown point 50 %, as that of its centre and spread. Keeps more
-    than a quarter of the images. Use it where the share is unknown, clean sets included.
+    than a quarter of the images.
 
-    The reference is heavier than a normal tail because clean image scores are: on clean ELPV, 5 % lie past 4 spreads.
-    Where a data set's clean tail is heavier still, more clean images are rejected than ``level`` says.
+    One score is one witness. An odd but clean image is odd in a way of its own, defects recur: so an image past the
+    fence is only rejected if it is also like *other* suspicious images (`likeness`), which is told by other numbers.
+    Where images are too few to tell, or share too little to be compared (`Structure`), none is rejected.
 
     Args:
-        level (float): In (0, 1).
+        level (float): Expected share of clean images among those past the fence, in (0, 1).
         tail (float): Spreads over which the reference falls to ``1 / e``; above 0.
+        alike (float): Spreads of likeness that a rejected image has at least.
 
     References:
         Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
@@ -156,53 +126,24 @@ class FDRFence:
 
     level: float = 0.1
     tail: float = 1.6
+    alike: float = 3.0
 
     def __post_init__(self) -> None:
         _check(self, "level", 0 < self.level < 1, "a share in (0, 1)")
         _check_positive(self, "tail")
+        _check(self, "alike", math.isfinite(self.alike), "a finite number")
 
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        centre, spread = lower_side_scale(scores)
-        if spread <= 0:
-            return float("inf")
-        descending = np.sort(scores)[::-1]
-        p_values = np.exp(-np.maximum(descending - centre, 0) / (spread * self.tail))
-        allowed = self.level * np.arange(1, len(scores) + 1) / len(scores)
-        passed = np.flatnonzero(p_values <= allowed)
-        # As `level` < 1 a score at the centre (p-value 1) never passes, so there is always a next one.
-        return float(descending[passed[-1] + 1]) if len(passed) else float("inf")
-
-
-@dataclass(frozen=True)
-class MixtureFence:
-    """Where the upper of two normal components becomes the likelier one; infinity if one component is enough.
-
-    Scores are put in lower-side spreads from the centre (`lower_side_scale`) and clipped to [-4, 12]. Gaussian mixtures
-    of one and of two components are fitted by expectation-maximisation, from fixed starts; the lower Bayesian
-    information criterion (BIC) wins. The fence is where the posterior of the upper component,
-    ``w2 N(x; m2, s2) / (w1 N(x; m1, s1) + w2 N(x; m2, s2))``, passes 1/2 on the right of the lower one's mean ``m1``.
-    It is infinity where that never happens, would reject more than half of the images, or has fewer than 10 scores.
-
-    Breakdown point 50 %, in that a finite fence lies at most 12 spreads above a centre that has this one. (Without the
-    clipping one image would do: far enough out, it is a component.) But only where clean scores are about normal can
-    one rely on two components being told apart, and the fence being finite. Keeps at least half of the images. Use it
-    where the histogram shows two humps. One skewed hump it takes for two, and rejects the tail; many equal scores
-    (copies of an image) may be a component, too.
-
-    References:
-        McLachlan and Peel, "Finite Mixture Models", 2000; Schwarz, "Estimating the Dimension of a Model", 1978 (BIC).
-    """
-
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        centre, spread = lower_side_scale(scores)
-        if spread <= 0 or len(scores) < _MIXTURE_FEWEST:
-            return float("inf")
-        standardised = ((np.sort(scores) - centre) / spread).clip(*_MIXTURE_LIMITS)
-        crossing = _upper_component_from(standardised)
-        rejected = int((standardised > crossing).sum())
-        return centre + spread * crossing if 0 < rejected <= len(scores) / 2 else float("inf")
+    def reject(self, scales: Scales) -> Rejection:
+        """See `Rule.reject`."""
+        nothing = Rejection(np.zeros(len(scales.scores), dtype=bool), math.inf)
+        if scales.likeness is None or not scales.comparable:
+            return nothing
+        past = q_values(scales.scores, self.tail) <= self.level
+        if not past.any() or past.all():
+            return nothing
+        fence = float(scales.scores[~past].max())
+        images = past & (scales.likeness > self.alike)
+        return Rejection(images, fence) if images.any() else nothing
 
 
 @dataclass(frozen=True)
@@ -210,49 +151,44 @@ class ShareFence:
     """Rejects the ``floor(share * N)`` highest of ``N`` scores, for a user who knows the share of dirty images.
 
     The fence is an order statistic, the highest score to keep. Where a tie lies across it, all of the tie is kept:
-    never more images than asked are rejected. Breakdown point: ``share``, past which dirty images are kept and the
-    fence is one of their scores. Keeps at least ``1 - share`` of the images (in ``refine``, half at least). Use it
-    only where the share is known: it rejects as many from a clean set.
+    never more images than asked are rejected. Breakdown point: ``share``. Use it only where the share is known: it
+    rejects as many from a clean set.
 
     Args:
-        share (float): In [0, 1).
+        share (float): In [0, 0.5].
 
     References:
         Tukey and McLaughlin, "Less Vulnerable Confidence and Significance Procedures for Location Based on a Single
         Sample", 1963 (trimming).
-
-    Example:
-        >>> ShareFence(share=0.4).fence(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-        3.0
     """
 
     share: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "share", 0 <= self.share < 1, "a share in [0, 1)")
+        _check(
+            self,
+            "share",
+            0 <= self.share <= MOST_REJECTED,
+            "a share in [0, 0.5] (what is normal is what most images show, so half of them are always kept)",
+        )
 
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
+    def reject(self, scales: Scales) -> Rejection:
+        """See `Rule.reject`."""
         # 0.29 * 100 is 28.999999999999996, and the user means 29.
-        return _fence_below_highest(scores, math.floor(self.share * len(scores) + 1e-9))
+        return _highest(scales.scores, math.floor(self.share * len(scales.scores) + 1e-9))
 
 
 @dataclass(frozen=True)
 class CountFence:
     """Rejects the ``count`` highest scores, for a user who knows the number of dirty images; all but one at most.
 
-    Ties as in `ShareFence`. Breakdown point: ``count / N``. Keeps at least ``N - count`` images (in ``refine``, half at
-    least). Use it with a known number or a budget, "the 20 worst".
+    Ties as in `ShareFence`. Breakdown point: ``count / N``. Use it with a known number or a budget, "the 20 worst".
 
     Args:
         count (int): At least 0.
 
     References:
         As `ShareFence`.
-
-    Example:
-        >>> CountFence(count=1).fence(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-        4.0
     """
 
     count: int
@@ -260,83 +196,17 @@ class CountFence:
     def __post_init__(self) -> None:
         _check(self, "count", isinstance(self.count, Integral) and self.count >= 0, "a whole number of at least 0")
 
-    def fence(self, scores: np.ndarray) -> float:
-        """See `Rule.fence`."""
-        return _fence_below_highest(scores, min(self.count, len(scores) - 1))
-
-
-@dataclass(frozen=True)
-class PosteriorFence:
-    """The lowest fence whose rejected images are expected to be clean in at most a share ``level`` of the cases.
-
-    The expectation is over the posterior of `estimate_contamination`: shape and share of the clean and of the dirty
-    scores are unknown, and all that explain the scores count. Where clean and dirty overlap, the posterior is wide and
-    few are rejected. An image must be more probably dirty than clean, besides. Breakdown point 50 %, by the prior. The
-    default. Where a person has looked at some images, the posterior knows, and the fence may come down for the others.
-
-    Args:
-        level (float): Expected share of clean images among those rejected, in (0, 1).
-
-    References:
-        Perini et al., "Estimating the Contamination Factor's Distribution in Unsupervised Anomaly Detection", 2023.
-    """
-
-    level: float = 0.15
-
-    def __post_init__(self) -> None:
-        _check(self, "level", 0 < self.level < 1, "a share in (0, 1)")
-
-    def fence(
-        self, scores: np.ndarray, known: Mapping[int, bool] | None = None, further: Sequence[np.ndarray] = ()
-    ) -> float:
-        """See `Rule.fence`.
-
-        Args:
-            scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
-            known (Mapping[int, bool] | None): Images that a person has decided to keep (true) or to reject. From 20 on
-                the lower fence, with them or without, is taken: an answer is about its own image first, a few say
-                little about the others, and those near the fence may be explained in ways that reject nothing. Where
-                answers prove the fence without them wrong, more than ``level`` of the images past it being clean by
-                the person's own word, it does not count.
-            further (Sequence[np.ndarray]): The same images' scores on other scales, ``[N]`` each. Dirty images may
-                stand apart on one scale and not on another: the fence past which most images lie is taken. Each of them
-                keeps to ``level``.
-        """
-        known = known or {}
-        scales = [scores, *further]
-        fence = self._fence(scales, {})
-        if len(known) < _FEWEST_ANSWERS:
-            return fence
-        told = self._fence(scales, known)
-        past = scores > fence
-        clean = sum(keep and past[image] for image, keep in known.items())
-        return told if clean > self.level * past.sum() else min(fence, told)
-
-    def _fence(self, scales: Sequence[np.ndarray], known: Mapping[int, bool]) -> float:
-        past = max(self._past(scores, known) for scores in scales)
-        return _fence_below_highest(scales[0], past) if past else float("inf")
-
-    def _past(self, scores: np.ndarray, known: Mapping[int, bool]) -> int:
-        """How many of the images lie past the fence of these scores."""
-        from anomalib_metarefine.refinement.posterior import estimate_contamination
-
-        order = np.argsort(scores, kind="stable")[::-1]
-        probability = estimate_contamination(scores, known=known).dirty_probability[order]
-        undecided = ~np.isin(order, list(known))
-        expected = ((1 - probability) * undecided).cumsum() / undecided.cumsum().clip(1)
-        rejected = np.flatnonzero((expected <= self.level) & (probability > 0.5) & undecided)
-        return int(rejected[-1]) + 1 if len(rejected) else 0
+    def reject(self, scales: Scales) -> Rejection:
+        """See `Rule.reject`."""
+        return _highest(scales.scores, min(self.count, len(scales.scores) - 1))
 
 
 RULES: dict[str, type[Rule]] = {
-    "auto": PosteriorFence,
+    "auto": FalseDiscoveryRate,
     "count": CountFence,
-    "fdr": FDRFence,
     "iqr": TukeyFence,
     "mad": MADFence,
-    "mixture": MixtureFence,
     "share": ShareFence,
-    "shorth": ShorthFence,
 }
 
 
@@ -345,7 +215,7 @@ def get_rule(spec: str) -> Rule:
 
     Args:
         spec (str): A name of `RULES`, by itself or with settings: ``"iqr"``, ``"iqr:whisker=3"``,
-            ``"fdr:level=0.05,tail=2"``. The first setting may go without its name: ``"share:0.1"``.
+            ``"auto:level=0.05,tail=2"``. The first setting may go without its name: ``"share:0.1"``.
 
     Returns:
         Rule: The rule, with defaults for the settings that ``spec`` leaves out.
@@ -372,6 +242,35 @@ def get_rule(spec: str) -> Rule:
         raise ValueError(msg) from error
 
 
+def q_values(scores: np.ndarray, tail: float = FalseDiscoveryRate.tail) -> np.ndarray:
+    """Expected share of clean images among an image and all that score at least as high.
+
+    Args:
+        scores (np.ndarray): ``[N]``, higher is more anomalous.
+        tail (float): See `FalseDiscoveryRate`.
+
+    Returns:
+        np.ndarray: ``[N]`` in [0, 1]; all 1 where the scores have no spread.
+
+    References:
+        Storey, "A direct approach to false discovery rates", 2002.
+
+    Example:
+        >>> q_values(np.array([1.0, 2.0, 3.0, 4.0, 40.0])).round(2)
+        array([1.  , 1.  , 1.  , 1.  , 0.  ])
+    """
+    centre, spread = lower_side_scale(scores)
+    if spread <= 0:
+        return np.ones(len(scores))
+    order = np.argsort(-scores, kind="stable")
+    p_values = np.exp(-np.maximum(scores[order] - centre, 0) / (spread * tail))
+    # Of equal scores all have the p-value; the lowest share from here on down is what a fence at the score promises.
+    shares = p_values * len(scores) / np.arange(1, len(scores) + 1)
+    result = np.empty(len(scores))
+    result[order] = np.minimum.accumulate(shares[::-1])[::-1]
+    return result.clip(0, 1)
+
+
 def _parse_settings(items: list[str], settings: tuple[Field, ...], types: dict[str, Any]) -> dict[str, Any]:
     names = [setting.name for setting in settings]
     values: dict[str, Any] = {}
@@ -394,51 +293,15 @@ def _parse_settings(items: list[str], settings: tuple[Field, ...], types: dict[s
     return values
 
 
-def _upper_component_from(standardised: np.ndarray) -> float:
-    """Where the upper component of the mixture takes over (see `MixtureFence`), in the units of the sorted scores."""
-    from sklearn.mixture import GaussianMixture
-
-    column, count = standardised[:, None], len(standardised)
-    one = GaussianMixture(1, covariance_type="diag", reg_covar=_MIXTURE_VARIANCE).fit(column)
-    two = None
-    for share in _MIXTURE_STARTS:
-        upper = max(1, round(share * count))
-        halves = standardised[:-upper], standardised[-upper:]
-        candidate = GaussianMixture(
-            2,
-            covariance_type="diag",
-            reg_covar=_MIXTURE_VARIANCE,
-            max_iter=1000,
-            weights_init=[len(half) / count for half in halves],
-            means_init=[[half.mean()] for half in halves],
-            precisions_init=[[1 / (half.var() + _MIXTURE_VARIANCE)] for half in halves],
-        ).fit(column)
-        # A margin: rounding must not choose between two optima of the same likelihood.
-        if two is None or candidate.lower_bound_ > two.lower_bound_ + 1e-6:
-            two = candidate
-    if two.bic(column) >= one.bic(column):
-        return float("inf")
-    order = np.argsort(two.means_[:, 0])
-    (w1, w2), (m1, m2), (v1, v2) = two.weights_[order], two.means_[order, 0], two.covariances_[order, 0]
-    # Logarithm of the ratio of upper to lower component, a polynomial of the score.
-    log_odds = np.poly1d(
-        [
-            (1 / v1 - 1 / v2) / 2,
-            m2 / v2 - m1 / v1,
-            math.log(w2 / w1) + math.log(v1 / v2) / 2 + (m1**2 / v1 - m2**2 / v2) / 2,
-        ]
-    )
-    if log_odds(m1) >= 0:
-        return float("inf")
-    roots = log_odds.roots
-    return float(min((root.real for root in roots if np.isreal(root) and root.real > m1), default=np.inf))
+def _past(scores: np.ndarray, fence: float) -> Rejection:
+    return Rejection(scores > fence, float(fence))
 
 
-def _fence_below_highest(scores: np.ndarray, count: int) -> float:
-    """The fence that rejects the ``count`` highest scores, fewer where a tie lies across it."""
+def _highest(scores: np.ndarray, count: int) -> Rejection:
+    """The ``count`` highest scores, fewer where a tie lies across the fence."""
     ordered = np.sort(scores)
     fence = float(ordered[len(ordered) - 1 - count])
-    return fence if fence < ordered[-1] else float("inf")
+    return _past(scores, fence if fence < ordered[-1] else math.inf)
 
 
 def _check_positive(rule: Rule, setting: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score, position_code
+from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, position_code
 
 
 def random_flow(dimensions: int, seed: int = 0) -> PatchFlow:
@@ -54,11 +54,3 @@ def test_position_codes_differ_and_do_not_depend_on_the_resolution():
     assert len(position_code(16, 20).unique(dim=0)) == 320
     # the centre of the second of three cells is that of the fifth of nine
     torch.testing.assert_close(position_code(3, 3)[4], position_code(9, 9)[40])
-
-
-@given(st.floats(0.01, 1), st.integers(1, 50))
-def test_image_score_lies_between_mean_and_maximum(tail, patches):
-    scores = torch.randn(3, patches)
-    score = image_score(scores, tail)
-    assert (score <= scores.amax(1) + 1e-5).all()
-    assert (score >= scores.mean(1) - 1e-5).all()

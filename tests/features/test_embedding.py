@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from anomalib_metarefine.features.embedding import Whitening, patch_embeddings
+from anomalib_metarefine.features.embedding import Whitening, image_score, patch_embeddings
 
 
 def test_global_whitening_gives_unit_covariance():
@@ -19,3 +21,11 @@ def test_maps_of_any_shape_meet_on_one_grid(shapes):
     embeddings = patch_embeddings(maps)
     assert embeddings.shape == (2, rows * columns, 3 * len(shapes))
     torch.testing.assert_close(embeddings, torch.ones_like(embeddings))
+
+
+@given(st.floats(0.01, 1), st.integers(1, 50))
+def test_image_score_lies_between_mean_and_maximum(tail, patches):
+    scores = torch.randn(3, patches)
+    score = image_score(scores, tail)
+    assert (score <= scores.amax(1) + 1e-5).all()
+    assert (score >= scores.mean(1) - 1e-5).all()

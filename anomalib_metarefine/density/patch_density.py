@@ -1,0 +1,97 @@
+"""A fitted density of patches: Gaussian of the place, then the flow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.func import functional_call
+
+from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anomalib_metarefine.density.gaussian import PositionalGaussian
+    from anomalib_metarefine.features.embedding import Whitening
+
+Parameters = dict[str, torch.Tensor]
+
+
+class PatchDensity(NamedTuple):
+    """Global whitening, positional whitening, flow with its parameters; scores are in bits per dimension.
+
+    Attributes:
+        whitening (Whitening): ``C`` to ``D`` channels.
+        gaussian (PositionalGaussian): Of the ``P`` places.
+        flow (PatchFlow): The architecture.
+        parameters (Parameters): Of the flow.
+    """
+
+    whitening: Whitening
+    gaussian: PositionalGaussian
+    flow: PatchFlow
+    parameters: Parameters
+
+    def score(self, whitened: torch.Tensor, positions: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
+        """Bits per dimension of patches, those it was fitted on as if each had been left out.
+
+        Args:
+            whitened (torch.Tensor): ``[n x P x D]``, globally whitened.
+            positions (torch.Tensor): ``[P x 16]``.
+            fitted (torch.Tensor): ``[n x P]`` mask of the patches that the Gaussian was fitted on.
+
+        Returns:
+            torch.Tensor: ``[n x P]``.
+        """
+        z, log_det = held_out(whitened, self.gaussian, fitted)
+        output, flow_log_det = functional_call(
+            self.flow, self.parameters, (z.flatten(0, 1), positions.repeat(len(whitened), 1))
+        )
+        return bits_per_dimension(output, flow_log_det + log_det.flatten()).view(len(whitened), -1)
+
+
+def held_out(
+    whitened: torch.Tensor, gaussian: PositionalGaussian, fitted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positional whitening, with the leave-one-out correction for the patches ``[n x P]`` that were fitted on."""
+    z = gaussian(whitened)
+    left_out, log_det = gaussian.leave_one_out(z)
+    return torch.where(fitted.unsqueeze(-1), left_out, z), torch.where(fitted, log_det, gaussian.log_det)
+
+
+def new_flow(channels: int, dimensions: int, blocks: int, hidden: int, seed: int) -> PatchFlow:
+    """An untrained flow for embeddings of so many channels; the same seed gives the same flow."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PatchFlow(min(dimensions, channels), blocks, hidden)
+
+
+def trainable(flow: PatchFlow) -> Parameters:
+    """Detached copies of the parameters that learn; the frozen permutations of the couplings stay out."""
+    return {
+        name: value.detach().clone().requires_grad_() for name, value in flow.named_parameters() if value.requires_grad
+    }
+
+
+def flow_loss(flow: PatchFlow, trim: float) -> Callable[[Parameters, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """Loss of the flow's parameters on patches and their positions: trimmed mean of the patch scores.
+
+    The least likely patches of a dirty set must not be learned.
+
+    Args:
+        flow (PatchFlow): The architecture.
+        trim (float): Share of the least likely patches that are not learned from.
+
+    Returns:
+        Callable: A scalar function, in bits per dimension, of parameters and (patches ``[M x D]``, positions
+            ``[M x 16]``).
+    """
+
+    def loss(parameters: Parameters, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        z, log_det = functional_call(flow, parameters, (batch[0], batch[1]))
+        bits = bits_per_dimension(z, log_det)
+        trusted = max(1, round((1 - trim) * len(bits)))
+        return bits.topk(trusted, largest=False, sorted=False).values.mean()
+
+    return loss

@@ -1,0 +1,25 @@
+"""What every rejection rule gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scores of ``N`` images in spreads of the kept ones, and what else a rule may look at.
+
+    Attributes:
+        scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
+        likeness (np.ndarray | None): ``[N]``, how much an image is like *other* suspicious ones; ``None`` where images
+            are too few to tell.
+        comparable (bool): Whether the images share enough for their scores to mean anything, see `Structure`.
+    """
+
+    scores: np.ndarray
+    likeness: np.ndarray | None = None
+    comparable: bool = True
