@@ -211,11 +211,11 @@ class ShareFence:
 
     The fence is an order statistic, the highest score to keep. Where a tie lies across it, all of the tie is kept:
     never more images than asked are rejected. Breakdown point: ``share``, past which dirty images are kept and the
-    fence is one of their scores. Keeps at least ``1 - share`` of the images (in ``refine``, half at least). Use it
-    only where the share is known: it rejects as many from a clean set.
+    fence is one of their scores. Keeps at least ``1 - share`` of the images. Use it only where the share is known: it
+    rejects as many from a clean set.
 
     Args:
-        share (float): In [0, 1).
+        share (float): In [0, 0.5]: refinement never rejects more than half of the images.
 
     References:
         Tukey and McLaughlin, "Less Vulnerable Confidence and Significance Procedures for Location Based on a Single
@@ -229,7 +229,7 @@ class ShareFence:
     share: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "share", 0 <= self.share < 1, "a share in [0, 1)")
+        _check(self, "share", 0 <= self.share <= 0.5, "a share in [0, 0.5], as half of the images at least are kept")
 
     def fence(self, scores: np.ndarray) -> float:
         """See `Rule.fence`."""
