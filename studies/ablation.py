@@ -18,7 +18,6 @@ import torch
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
-from studies.detection import all_features
 from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score, position_code
@@ -32,6 +31,7 @@ from anomalib_metarefine.refinement.engine import (
     learn_initialisation,
     new_flow,
 )
+from studies.detection import all_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

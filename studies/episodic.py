@@ -27,12 +27,12 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from studies.detection import all_features, record
 from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow
+from studies.detection import all_features, record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -29,9 +29,9 @@ from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.images.sources import EXTENSIONS
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch
-from studies.loss_surface import largest_eigenvalue, random_direction, rises, surface
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow, trainable
+from studies.loss_surface import largest_eigenvalue, random_direction, rises, surface
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,6 +9,8 @@ import pytest
 from anomalib_metarefine.cli import curation as cli
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.run_folder import read_run
+from tests.curation.test_evidence import make_evidence
 from tests.curation.test_manifest import DECISIONS, make_files, make_manifest
 
 CURATION = "anomalib_metarefine.curation"
@@ -73,7 +76,7 @@ class TestCurate:
         arguments = ["curate", str(root), "--out", str(tmp_path / "out")]
         assert main(arguments) == 0
         defaults = {"root": None, "backbone": "tf_efficientnet_lite0", "image_size": None, "rule": "auto", "rounds": 4}
-        defaults |= {"seed": 0, "batch_size": 32, "decisions": [], "quality": True}
+        defaults |= {"seed": 0, "batch_size": 32, "decisions": [tmp_path / "out"], "quality": True}
         assert asked == [(str(root), defaults)]
         told = capsys.readouterr().out
         assert "2 of 6 images (33.3 %) were rejected, 2 need your eyes." in told
@@ -96,7 +99,9 @@ class TestCurate:
         changed = {"image_size": (96, 64), "extensions": ("png", "dat"), "quality": False}
         # What the output folder remembers comes first: later decisions win.
         assert asked[1] == (str(root), defaults | changed | {"decisions": [tmp_path / "out", said]})
-        assert "right/4.png,keep" in (tmp_path / "out" / "decisions.csv").read_text()
+        [line] = (tmp_path / "out" / "decisions.csv").read_text().splitlines()[1:]
+        assert line.startswith("right/4.png,")
+        assert ",keep," in line
 
     def test_a_missing_file_of_decisions_costs_no_minutes(self, asked, root, tmp_path, capsys):
         fails(
@@ -110,6 +115,34 @@ class TestCurate:
             message="no decisions",
         )
         assert asked == []
+
+    def test_what_can_t_be_is_noticed_before_the_work(self, asked, root, tmp_path, capsys):
+        (tmp_path / "file").write_text("")
+        fails(capsys, "curate", root, "--out", tmp_path / "file" / "out", message="Can't write to")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "decisions.csv").write_text("sha256\nabc\n")
+        fails(capsys, "curate", root, "--out", tmp_path / "out", message="decisions.csv needs a column decision")
+        fails(capsys, "curate", tmp_path / "no", "--out", tmp_path / "new", message="no. Expected a folder of images")
+        assert asked == []
+        assert not (tmp_path / "new").exists()
+
+    def test_hints_can_be_copied_into_a_shell(self, asked, root, tmp_path, capsys):
+        assert main(["curate", str(root), "--out", str(tmp_path / "line 7; echo")]) == 0
+        hint = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  metarefine apply"))
+        assert shlex.split(hint) == [
+            "metarefine",
+            "apply",
+            str(tmp_path / "line 7; echo"),
+            *["--to", "DIR", "--mode", "repair"],
+        ]
+
+    def test_ctrl_c_is_one_line(self, root, tmp_path, capsys, monkeypatch):
+        def curate(*_arguments, **_settings):
+            raise KeyboardInterrupt
+
+        monkeypatch.setitem(sys.modules, f"{CURATION}.curate", SimpleNamespace(curate=curate))
+        assert main(["curate", str(root), "--out", str(tmp_path / "out")]) == 130
+        assert capsys.readouterr().err == "metarefine: stopped by Ctrl-C.\n"
 
     @pytest.mark.parametrize(("share", "code"), [("0.33", 1), ("0.34", 0)])
     def test_fails_above_a_share(self, asked, root, tmp_path, capsys, share, code):
@@ -134,11 +167,25 @@ class TestReview:
 
         assert main(["review", str(out), "--decisions", str(out / "to_review.csv")]) == 0
         told = capsys.readouterr().out
-        assert "1 decisions taken over" in told
+        assert "Taken over: 1 keep, 0 reject; remembered in " in told
         assert "2 of 6 images (33.3 %) were rejected, 1 needs your eyes." in told
         table = Manifest.read(out).table.set_index("image_path")
         assert table.loc["right/4.png", ["decision", "decided_by"]].tolist() == ["keep", "user"]
-        assert (out / "decisions.csv").read_text().count("right/4.png,keep,") == 1
+        assert (out / "decisions.csv").read_text().count("right/4.png,") == 1
+
+    def test_an_empty_queue_writes_no_file(self, root, tmp_path, capsys):
+        make_manifest(root, dict.fromkeys(DECISIONS, "keep")).write(tmp_path / "out")
+        assert main(["review", str(tmp_path / "out")]) == 0
+        assert "nothing to ask about; no file was written" in capsys.readouterr().out
+        assert not (tmp_path / "out" / "to_review.csv").exists()
+
+    def test_the_report_says_what_the_manifest_says(self, root, tmp_path):
+        out = tmp_path / "with evidence"
+        make_manifest(root, DECISIONS).write(out, {"evidence.npz": make_evidence().save})
+        (tmp_path / "d.csv").write_text("image_path,decision\nright/4.png,n.i.O.\n")
+        assert main(["review", str(out), "--decisions", str(tmp_path / "d.csv")]) == 0
+        assert "3 of 6 images (50\u00a0%) were rejected" in (out / "report.html").read_text()
+        assert read_run(out / "report.html")["counts"]["reject"] == 3
 
     def test_asks_what_helps_most(self, out, tmp_path, capsys):
         assert main(["review", str(out), "--budget", "3", "--out", str(tmp_path / "ask.csv")]) == 0
@@ -146,21 +193,23 @@ class TestReview:
         assert not (out / "to_review.csv").exists()
         fails(capsys, "review", out, "--budget", "0", message="at least 1 image")
 
-    def test_asks_about_different_kinds_first(self, out, tmp_path, monkeypatch):
-        evidence = SimpleNamespace(paths=["right/4.png", "left/2.png", "right/5.png"], groups=[3, 3, -1])
-        loader = SimpleNamespace(load=lambda path: evidence)
-        monkeypatch.setitem(sys.modules, f"{CURATION}.evidence", SimpleNamespace(Evidence=loader))
-        (out / "evidence.npz").touch()
+    def test_asks_about_different_kinds_first(self, root, tmp_path):
+        out = tmp_path / "grouped"
+
+        def asked(probability, paths, groups, budget):
+            manifest = make_manifest(root, DECISIONS, dirty_probability=probability)
+            manifest.write(out, {"evidence.npz": make_evidence(paths, groups).save})
+            file = tmp_path / f"{budget}.csv"
+            assert main(["review", str(out), "--budget", str(budget), "--out", str(file)]) == 0
+            return pd.read_csv(file).image_path.tolist()
+
+        paths = ["right/4.png", "left/2.png", "right/5.png"]
         # Gains 0.5, 0.4 / 2, less: one look at the kind does not make the other uninteresting here ...
-        assert main(["review", str(out), "--budget", "3", "--out", str(tmp_path / "a.csv")]) == 0
-        assert pd.read_csv(tmp_path / "a.csv").image_path.tolist() == ["right/4.png", "left/2.png", "left/0.png"]
-        evidence.paths[2], evidence.groups[2] = "right/3.png", 3
-        manifest = Manifest.read(out)
-        manifest.table["dirty_probability"] = [0.3, 0, 0.4, 1, 0.5, 0.7]
-        manifest.write(out)
+        expected = ["right/4.png", "left/2.png", "left/0.png"]
+        assert asked([0, 0, 0.4, 1, 0.5, 0.9], paths, [3, 3, -1], 3) == expected
         # ... but here: 0.5, 0.3, 0.4 / 2.
-        assert main(["review", str(out), "--budget", "2", "--out", str(tmp_path / "b.csv")]) == 0
-        assert pd.read_csv(tmp_path / "b.csv").image_path.tolist() == ["right/4.png", "left/0.png"]
+        paths[2] = "right/3.png"
+        assert asked([0.3, 0, 0.4, 1, 0.5, 0.7], paths, [3, 3, 3], 2) == ["right/4.png", "left/0.png"]
 
     def test_changes_nothing_when_a_decision_is_unknown(self, out, tmp_path, capsys):
         before = (out / "manifest.csv").read_bytes()
@@ -209,20 +258,26 @@ def test_names_with_brackets_are_shown_as_they_are(capsys):
     assert "2.35" in told or "2.34" in told
 
 
-def test_report(out, monkeypatch, capsys):
-    written = []
-    evidence = SimpleNamespace(Evidence=SimpleNamespace(load=lambda path: path.name))
-
-    def write_report(manifest, evidence, path):
-        written.append((manifest.counts["keep"], evidence, path))
-        return path
-
-    monkeypatch.setitem(sys.modules, f"{CURATION}.evidence", evidence)
-    monkeypatch.setitem(sys.modules, f"{CURATION}.report", SimpleNamespace(write_report=write_report))
+def test_report(out, root, capsys):
+    fails(capsys, "report", out, message="There is no ")
+    make_manifest(root, DECISIONS).write(out, {"evidence.npz": make_evidence().save})
     for manifest in (out, out / "manifest.csv"):
         assert main(["report", str(manifest)]) == 0
-    assert written == [(2, "evidence.npz", out / "report.html")] * 2
+        assert "2 of 6 images" in (out / "report.html").read_text()
+        (out / "report.html").unlink()
     assert str(out / "report.html") in capsys.readouterr().out
+
+
+def test_what_is_not_there_is_told_before_heavy_imports(tmp_path):
+    code = "import sys; from anomalib_metarefine.cli import main; codes = [main([*c.split(), *sys.argv[1:]]) for c in ["
+    code += (
+        "'curate', 'apply', 'review', 'report', 'diff x']]; print(codes, 'torch' in sys.modules, 'cv2' in sys.modules)"
+    )
+    arguments = [str(tmp_path / "no")]
+    code = code.replace("'curate'", "'curate --out out'").replace("'apply'", "'apply --to to'")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout == "[2, 2, 2, 2, 2] False False\n"
+    assert done.stderr.count("metarefine: There is no ") == 5
 
 
 @pytest.mark.parametrize(

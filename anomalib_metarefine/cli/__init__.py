@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         argv (list[str] | None): Arguments; ``None`` takes those of the process.
 
     Returns:
-        int: Exit code; 2 for input that can't be used.
+        int: Exit code; 2 for input that can't be used, 130 after Ctrl-C.
     """
     options = build_parser().parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="timm|anomalib")  # of each other
@@ -31,6 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"metarefine: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("metarefine: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.cli.command import SHOWN, Command
+from anomalib_metarefine.cli.command import SHOWN, Command, command_line, require
 
 if TYPE_CHECKING:
     import argparse
 
     import pandas as pd
+
+    from anomalib_metarefine.curation.evidence import Evidence
+    from anomalib_metarefine.curation.manifest import Manifest
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,28 +60,32 @@ def _curate(options: argparse.Namespace) -> int:
     if options.fail_above is not None and not 0 <= options.fail_above <= 1:
         msg = f"--fail-above must be a share in [0, 1], found {options.fail_above:g}."
         raise ValueError(msg)
-    from anomalib_metarefine.curation.curate import curate
-    from anomalib_metarefine.curation.decisions import read_decisions, remember
+    require(options.data, "a folder of images, a table of paths, or the YAML of a datamodule")
+    from anomalib_metarefine.curation.decisions import load, read, remember
+    from anomalib_metarefine.curation.run_folder import locked
 
-    names = ["root", "backbone", "rule", "rounds", "seed", "batch_size", "quality"]
-    settings = {name: getattr(options, name) for name in names}
-    settings["image_size"] = tuple(options.image_size) if options.image_size else None
-    if options.extensions:
-        settings["extensions"] = tuple(options.extensions)
-    given = read_decisions(options.decisions) if options.decisions else None  # before minutes are spent
-    decisions = [options.out] if options.out.is_dir() else []  # remembered from earlier runs
-    if given is not None:
-        decisions.append(options.decisions)
-    curation = curate(options.data, decisions=decisions, **settings)
-    if given is not None:
-        remember(options.out, curation.manifest, given)
-    curation.write(options.out)
+    given = read(options.decisions) if options.decisions else None
+    with locked(options.out):  # before minutes are spent
+        load(options.out)
+        from anomalib_metarefine.curation.curate import curate
+
+        names = ["root", "backbone", "rule", "rounds", "seed", "batch_size", "quality"]
+        settings = {name: getattr(options, name) for name in names}
+        settings["image_size"] = tuple(options.image_size) if options.image_size else None
+        if options.extensions:
+            settings["extensions"] = tuple(options.extensions)
+        decisions = [options.out] if given is None else [options.out, options.decisions]  # the last one wins
+        curation = curate(options.data, decisions=decisions, **settings)
+        if given is not None:
+            remember(options.out, curation.manifest, given)
+        curation.write(options.out)
     print(curation.manifest.verdict)
     if curation.evidence.unusual_in:
         count = len(curation.evidence.unusual_in)
         print(f"In {count} image{'s' * (count != 1)} some places look unusual. To have them replaced, in copies:")
-        print(f"  metarefine apply {options.out} --to DIR --mode repair")
-    print(f"{options.out.resolve()}: {', '.join(sorted(file.name for file in options.out.iterdir()))}")
+        print(f"  {command_line('metarefine', 'apply', options.out)} --to DIR --mode repair")
+    written = sorted(file.name for file in options.out.iterdir() if not file.name.startswith("."))
+    print(f"{options.out.resolve()}: {', '.join(written)}")
     share = curation.manifest.counts["reject"] / len(curation.manifest.table)
     if options.fail_above is not None and share > options.fail_above:
         print(f"metarefine: {share:.1%} rejected, more than --fail-above {options.fail_above:.1%}", file=sys.stderr)
@@ -95,8 +102,11 @@ def _review_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _review(options: argparse.Namespace) -> int:
-    from anomalib_metarefine.curation.decisions import decide, propose, read_decisions, remember, template
+    from anomalib_metarefine.curation.decisions import decide, read, remember
     from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.questions import template
+    from anomalib_metarefine.curation.run_folder import locked
+    from anomalib_metarefine.images.tables import table_text
 
     manifest = Manifest.read(options.manifest)
     folder = _folder(options.manifest)
@@ -106,22 +116,30 @@ def _review(options: argparse.Namespace) -> int:
         msg = f"{out} exists, and may hold your answers. Pass it as --decisions, or another file as --out."
         raise ValueError(msg)
     if options.decisions:
-        decisions = read_decisions(options.decisions)
-        manifest = decide(manifest, decisions)
-        remembered = remember(folder, manifest, decisions)
-        manifest.write(folder)
-        print(f"{len(decisions)} decisions taken over, and remembered in {remembered}.")
-        print(f"To bring the report up to date: metarefine report {options.manifest}")
+        decisions = read(options.decisions)
+        with locked(folder):
+            manifest = decide(manifest, decisions)
+            remembered = remember(folder, manifest, decisions)
+            if (folder / "evidence.npz").is_file():
+                _write(folder, manifest)
+            else:
+                manifest.write(folder)
+        counts = decisions.decision.value_counts()
+        print(
+            f"Taken over: {counts.get('keep', 0)} keep, {counts.get('reject', 0)} reject; remembered in {remembered}."
+        )
         print("To have the other images decided anew in their light: metarefine curate, into the same folder.")
     print(manifest.verdict)
     if not asks:
         return 0
-    asked = propose(manifest, options.budget, _groups(folder)) if options.budget is not None else None
-    table = template(manifest, asked)
-    table.to_csv(out, index=False)
-    _show(table, ["image_path", "decision_so_far", "dirty_probability", "score", "reason"])
+    table = template(manifest, options.budget)
+    if table.empty:
+        print("There is nothing to ask about; no file was written.")
+        return 0
+    out.write_text(table_text(table), encoding="utf-8")
+    _show(table, ["image_path", "decision_so_far", "score", "reason"])
     print(f"Fill in the column decision (keep or reject) of {out}, then run:")
-    print(f"  metarefine review {options.manifest} --decisions {out}")
+    print(f"  {command_line('metarefine', 'review', options.manifest, '--decisions', out)}")
     return 0
 
 
@@ -136,12 +154,12 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
-    from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
 
-    manifest = Manifest.read(options.manifest, options.root)
-    evidence = Evidence.load(_folder(options.manifest) / "evidence.npz") if options.mode == "repair" else None
+    manifest = Manifest.read(options.manifest, options.root)  # before heavy imports: it may not be there
+    from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
+
+    evidence = _evidence(_folder(options.manifest)) if options.mode == "repair" else None
     applied = apply(manifest, options.to, options.mode, options.review, progress=True, evidence=evidence)
     counts = ", ".join(f"{count} {name}" for name, count in applied.counts.items())
     print(f"{options.to.resolve()}: {counts}. The originals are as they were.")
@@ -158,9 +176,10 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
+    from anomalib_metarefine.curation.diff import diff
     from anomalib_metarefine.curation.manifest import Manifest
 
-    changes = Manifest.read(options.before).diff(Manifest.read(options.after))
+    changes = diff(Manifest.read(options.before), Manifest.read(options.after))
     if changes.empty:
         print("The same images, and the same decisions.")
         return 0
@@ -173,29 +192,29 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
-    from anomalib_metarefine.curation.report import write_report
 
-    folder = _folder(options.manifest)
-    manifest = Manifest.read(options.manifest)
-    print(write_report(manifest, Evidence.load(folder / "evidence.npz"), folder / "report.html"))
+    print(_write(_folder(options.manifest), Manifest.read(options.manifest)))
     return 0
+
+
+def _write(folder: Path, manifest: Manifest) -> Path:
+    """The manifest, and a report that says the same."""
+    from anomalib_metarefine.curation.curate import Curation
+
+    return Curation(manifest, _evidence(folder)).write(folder)
+
+
+def _evidence(folder: Path) -> Evidence:
+    from anomalib_metarefine.curation.evidence import Evidence
+    from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE
+
+    return Evidence.load(folder / EVIDENCE_FILE)
 
 
 def _folder(manifest: Path) -> Path:
     """Where the other files of a curation lie."""
     return manifest if manifest.is_dir() else manifest.parent
-
-
-def _groups(folder: Path) -> dict[str, int] | None:
-    """Look-alikes among the images that the curation kept evidence of."""
-    if not (folder / "evidence.npz").is_file():
-        return None
-    from anomalib_metarefine.curation.evidence import Evidence
-
-    evidence = Evidence.load(folder / "evidence.npz")
-    return dict(zip(evidence.paths, evidence.groups, strict=True))
 
 
 def _show(table: pd.DataFrame, columns: list[str], limit: int = SHOWN) -> None:
@@ -249,6 +268,9 @@ CURATION = {
         _diff,
     ),
     "report": Command(
-        "write report.html anew", "For a manifest that a person's decisions changed.", _report_arguments, _report
+        "write report.html anew",
+        "From the manifest and its evidence, with the report of this version.",
+        _report_arguments,
+        _report,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import pandas as pd
 
-from anomalib_metarefine.curation.manifest import data_sha256, write_text
+from anomalib_metarefine.curation.manifest import data_sha256
 from anomalib_metarefine.curation.repair import Repairer, encoded
 from anomalib_metarefine.images.sources import absolute, some
+from anomalib_metarefine.images.tables import table_text
+from anomalib_metarefine.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,20 +99,20 @@ def apply(
         raise ValueError(msg)
     names = list(dict.fromkeys(folders.values()))
     to.mkdir(parents=True, exist_ok=True)
-    write_text(to / _UNFINISHED, plan)
+    _write(to / _UNFINISHED, plan)
     repairs: list[tuple[str, Transplant]] = []
     if mode == "list":
         for name in names:
             images = manifest.paths(table[table.folder == name])
-            write_text(to / f"{name}.txt", "".join(f"{image}\n" for image in images))
+            _write(to / f"{name}.txt", "".join(f"{image}\n" for image in images))
     else:
         for name in names:
             (to / name).mkdir(exist_ok=True)
         if mode == "repair":
             repairs = _repair(manifest, table, evidence, to, progress)
-            listed = [(path, *box, donor.relative_to(manifest.root)) for path, (*box, donor) in repairs]
+            listed = [(path, *box, donor.relative_to(manifest.root).as_posix()) for path, (*box, donor) in repairs]
             columns = ["image_path", "left", "top", "width", "height", "donor"]
-            write_text(to / REPAIRS_FILE, pd.DataFrame(listed, columns=columns).to_csv(index=False))
+            _write(to / REPAIRS_FILE, table_text(pd.DataFrame(listed, columns=columns)))
         pairs = [(manifest.root / p, to / f / p) for p, f in zip(table.image_path, table.folder, strict=True)]
         _place(pairs, mode, progress)
     (to / _UNFINISHED).unlink()
@@ -148,14 +151,12 @@ def _repair(
     manifest: Manifest, table: pd.DataFrame, evidence: Evidence, to: Path, progress: bool
 ) -> list[tuple[str, Transplant]]:
     """Write the images that have unusual regions, without them; every other one is left to be copied."""
-    from rich.progress import track
-
     normal = table[(table.folder != "reject") & (table.sha256 != "")]
     if not normal.image_path.isin(evidence.unusual_in).any():
         return []
     repairer = Repairer.of(normal.image_path.tolist(), manifest.paths(normal), evidence)
     repairs = []
-    for place in track(sorted(repairer.spoilt), description="repair images", disable=not progress):
+    for place in track(sorted(repairer.spoilt), "repair images", progress):
         row, repaired = normal.iloc[place], repairer.repair(place)
         if repaired.transplants:
             target = to / row.folder / row.image_path
@@ -169,15 +170,19 @@ def _repair(
 def _beside(target: Path) -> Iterator[Path]:
     """Where to write a file that appears in its place only when it is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
+    # Not the name and a suffix: the name may be as long as a name can be.
+    part = target.with_name(f".{hashlib.sha256(target.name.encode()).hexdigest()[:16]}.part")
     yield part
     part.replace(target)
 
 
-def _place(pairs: list[tuple[Path, Path]], mode: Mode, progress: bool) -> None:
-    from rich.progress import track
+def _write(target: Path, text: str) -> None:
+    with _beside(target) as part, part.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
 
-    for source, target in track(pairs, description=f"{mode} images", disable=not progress):
+
+def _place(pairs: list[tuple[Path, Path]], mode: Mode, progress: bool) -> None:
+    for source, target in track(pairs, f"{mode} images", progress):
         if os.path.lexists(target):  # from before an interruption
             continue
         if mode == "symlink":

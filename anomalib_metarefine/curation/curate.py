@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 
-from anomalib_metarefine.curation.decisions import load_remembered, read_decisions
+from anomalib_metarefine.curation.decisions import load, read
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
 from anomalib_metarefine.curation.manifest import Manifest, data_sha256
 from anomalib_metarefine.curation.report import write_report
+from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.images.quality import ImageFacts
@@ -55,7 +56,7 @@ class Curation(NamedTuple):
     evidence: Evidence
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``manifest.csv``, ``run.json``, ``evidence.npz`` and ``report.html``.
+        """Write ``manifest.csv``, ``run.json``, ``evidence.npz`` and ``report.html``, all in one step or none.
 
         Args:
             folder (str | Path): Made if it does not exist.
@@ -63,10 +64,12 @@ class Curation(NamedTuple):
         Returns:
             Path: The report.
         """
-        folder = Path(folder)
-        self.manifest.write(folder)
-        self.evidence.save(folder / "evidence.npz")
-        return write_report(self.manifest, self.evidence, folder / "report.html")
+        others = {
+            EVIDENCE_FILE: self.evidence.save,
+            REPORT_FILE: lambda path: write_report(self.manifest, self.evidence, path),
+        }
+        self.manifest.write(folder, others)
+        return Path(folder) / REPORT_FILE
 
 
 def curate(
@@ -190,8 +193,8 @@ def _known(decisions: Decisions | Sequence[Decisions] | None, facts: dict[str, I
     if not isinstance(decisions, str | Path):
         return {sha256: answer for part in decisions for sha256, answer in _known(part, facts).items()}
     if Path(decisions).is_dir():
-        return load_remembered(decisions)
-    table = read_decisions(decisions)
+        return load(decisions)
+    table = read(decisions)
     nameless = (table.sha256 == "") & ~table.image_path.isin(list(facts))
     if nameless.any():
         msg = f"{decisions} has decisions on images that are not here: {some(table.image_path[nameless].tolist())}. "

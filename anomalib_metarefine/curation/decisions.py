@@ -1,114 +1,78 @@
-"""A person's decisions: what to ask, how to read the answers, and how they are remembered."""
+"""A person's decisions: how they are read, remembered, and put above the rule's.
+
+There is one format. ``decisions.csv`` in an output folder has one line an answer, ``image_path, sha256, decision, when,
+by``, and only grows: of several answers about an image the last one counts, the earlier ones are its history. A file
+that a person fills in is read the same way; there ``when`` and ``by`` are missing, and answers must not contradict.
+"""
 
 from __future__ import annotations
 
+import getpass
+import logging
+import os
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
+from filelock import FileLock
 
-from anomalib_metarefine.curation.manifest import Manifest, write_text
-from anomalib_metarefine.images.sources import read_table, some
-from anomalib_metarefine.refinement.posterior import estimate_contamination, further_scales
+from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.images.sources import some
+from anomalib_metarefine.images.tables import read_table, table_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable
+
+logger = logging.getLogger(__name__)
 
 DECISIONS_FILE = "decisions.csv"
 
-# What people write. A blank cell, and "review", leave the image undecided.
+# What people write, without dots and spaces (i.O. and n.i.O. are German for in and not in order). 0 and 1 as in
+# anomalib's labels: 1 is anomalous. "review" takes an earlier answer back, a blank cell is none.
 _MEANING = {
-    **dict.fromkeys(("keep", "good", "ok", "clean", "normal"), "keep"),
-    **dict.fromkeys(("reject", "bad", "ng", "dirty", "defective", "anomalous"), "reject"),
+    **dict.fromkeys(("keep", "good", "ok", "clean", "normal", "io", "pass", "passed", "0"), "keep"),
+    **dict.fromkeys(("reject", "bad", "ng", "nok", "notok", "nio", "fail", "failed", "1"), "reject"),
+    **dict.fromkeys(("dirty", "defect", "defective", "anomalous"), "reject"),
+    "review": "review",
 }
-_UNDECIDED = ("", "review")
+_LOCK_WAIT_S = 10  # for another process that appends: a matter of milliseconds
 
 
-def review_queue(manifest: Manifest) -> pd.DataFrame:
-    """The images for a person to look at, most uncertain first.
+class Answer(NamedTuple):
+    """One line of ``decisions.csv``.
 
-    Args:
-        manifest (Manifest): What was decided.
-
-    Returns:
-        pd.DataFrame: Rows of the manifest, dirty probability nearest to one half first; among equals, the larger spread
-            of the score first.
+    Attributes:
+        image_path (str): Relative to the root.
+        sha256 (str): Of the image's content, by which it is known again.
+        decision (str): keep or reject; review takes an earlier answer back.
+        when (str): ISO 8601, UTC; filled in by `append` where it is empty.
+        by (str): Who; filled in by `append` with the name of the user where it is empty.
     """
-    return manifest.rows("review").reset_index(drop=True)
+
+    image_path: str
+    sha256: str
+    decision: str
+    when: str = ""
+    by: str = ""
 
 
-def propose(manifest: Manifest, budget: int, groups: dict[str, int] | None = None) -> list[str]:
-    """The images whose labels are expected to correct most decisions.
-
-    Images that are not rejected come first, the likelier dirty the sooner: the fence is strict, so what it missed lies
-    just inside. Of 20 images so chosen, 2 to 5 times as many were decided wrongly as of 20 drawn at random, and more
-    than of the 20 with the least certain probability (docs/results.md). Within a group of look-alikes, one answer tells
-    something about the others: the gain of the n-th question about a group is divided by n. Where the budget goes
-    beyond, rejected images follow, the likelier clean the sooner. Images that a person decided, or that can't be read,
-    are left out.
-
-    Args:
-        manifest (Manifest): What was decided.
-        budget (int): How many images the person will look at.
-        groups (dict[str, int] | None): Group of look-alikes by ``image_path``; images without, or in -1, stand alone.
-
-    Returns:
-        list[str]: ``image_path`` of at most ``budget`` images, most helpful first.
-
-    Raises:
-        ValueError: If the budget is below 1.
-
-    References:
-        Settles, "Active Learning Literature Survey", 2009 (on the redundancy of questions asked in batches).
-    """
-    if budget < 1:
-        msg = f"The budget must be at least 1 image, found {budget}."
-        raise ValueError(msg)
-    table = manifest.table
-    probability = table.dirty_probability[(table.decided_by == "rule") & table.dirty_probability.notna()]
-    gain = probability.where(table.decision.loc[probability.index] != "reject", 1 - probability)
-    group = table.image_path.map(groups or {}).where(lambda g: g >= 0)
-    # Within a group the gains fall, and so do the discounted ones: sorting once is the same as choosing greedily.
-    order = pd.DataFrame({"gain": gain, "group": group.loc[gain.index], "spread": table.uncertainty.loc[gain.index]})
-    order["rejected"] = table.decision.loc[gain.index] == "reject"
-    by_gain = {"by": ["rejected", "gain", "spread"], "ascending": [True, False, False], "kind": "stable"}
-    order = order.sort_values(**by_gain)
-    asked = order.groupby("group").cumcount().where(order.group.notna(), 0)
-    order["gain"] /= 1 + asked
-    chosen = order.sort_values(**by_gain).index[:budget]
-    return table.image_path.loc[chosen].tolist()
-
-
-def template(manifest: Manifest, image_paths: Sequence[str] | None = None) -> pd.DataFrame:
-    """A table to fill in: an empty column ``decision``, and what is known about each image.
-
-    Args:
-        manifest (Manifest): What was decided.
-        image_paths (Sequence[str] | None): Images to ask about, in this order; ``None`` takes the review queue.
-    """
-    paths = list(review_queue(manifest).image_path if image_paths is None else image_paths)
-    rows = manifest.table.set_index("image_path").loc[paths].reset_index()
-    rows = rows.rename(columns={"decision": "decision_so_far"}).assign(decision="")
-    columns = ["image_path", "decision", "decision_so_far", "dirty_probability", "score", "reason", "quality", "sha256"]
-    return rows[columns]
-
-
-def read_decisions(path: str | Path) -> pd.DataFrame:
-    """Read a person's decisions.
+def read(path: str | Path) -> pd.DataFrame:
+    """Read a person's decisions: ``decisions.csv`` of an output folder, a filled-in `template`, any such table.
 
     Args:
         path (str | Path): CSV or Parquet with ``decision`` and at least one of ``image_path`` and ``sha256``. Decisions
-            are keep (also: good, ok, clean, normal) and reject (also: bad, ng, dirty, defective, anomalous), in any
-            case. Rows with a blank, or with review, are left out: nothing is decided there.
+            are keep (also: good, ok, clean, normal, i.O., pass, 0) and reject (also: bad, ng, nok, n.i.O., fail,
+            dirty, defective, anomalous, 1), in any case. Rows with a blank are left out: nothing is decided there.
 
     Returns:
-        pd.DataFrame: ``sha256``, ``image_path`` (one of them may be empty), ``decision`` (keep or reject).
+        pd.DataFrame: ``sha256``, ``image_path`` (one of them may be empty), ``decision`` (keep or reject): the last
+            answer about each image. Where people disagree, a warning names the images.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If columns are missing or a decision is not understood, or if the file is a whole manifest, where
-            nothing tells a person's decisions from the rule's.
+        ValueError: If columns are missing, a decision is not understood or contradicts another one without saying when,
+            or if the file is a whole manifest, where nothing tells a person's decisions from the rule's.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,19 +85,45 @@ def read_decisions(path: str | Path) -> pd.DataFrame:
     if "decision" not in table or not {"image_path", "sha256"} & set(table):
         msg = f"{path} needs a column decision, and image_path or sha256; found {some(list(table.columns))}."
         raise ValueError(msg)
-    table = table.reindex(columns=["sha256", "image_path", "decision"]).fillna("").astype(str)
-    answers = table.decision.str.strip().str.lower()
-    strange = ~answers.isin([*_MEANING, *_UNDECIDED])
+    ours = tuple(table.columns) == Answer._fields
+    table = table.reindex(columns=Answer._fields).fillna("").astype(str)
+    words = table.decision.str.lower().str.replace(r"[\s.]", "", regex=True)
+    strange = ~words.isin([*_MEANING, ""])
+    torn = strange & (table.when == "") & ours
+    if torn.any():
+        logger.warning("%s: %d lines were cut off while being written, and are left out.", path, torn.sum())
+        table, words, strange = table[~torn], words[~torn], strange[~torn]
     if strange.any():
-        msg = f"{path} has decisions that are not understood: {some(sorted(set(table.decision[strange])))}. "
+        rows = [f"{table.decision[row]!r} in row {row + 1}" for row in table.index[strange]]
+        msg = f"{path} has decisions that are not understood: {some(rows)}. "
         raise ValueError(msg + f"Write one of {', '.join(_MEANING)}, or nothing.")
-    table = table.assign(decision=answers.map(_MEANING), sha256=table.sha256.str.strip().str.lower())
-    table = table[answers.isin(list(_MEANING))].reset_index(drop=True)
+    table = table.assign(decision=words.map(_MEANING), sha256=table.sha256.str.strip().str.lower())[words != ""]
     nameless = (table.sha256 == "") & (table.image_path == "")
     if nameless.any():
         msg = f"{path} has {int(nameless.sum())} decisions with neither image_path nor sha256."
         raise ValueError(msg)
-    return table
+    final = _last_answers(path, table)
+    return final.loc[final.decision != "review", ["sha256", "image_path", "decision"]].reset_index(drop=True)
+
+
+def _last_answers(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The last answer about each image; contradictions that nobody can have meant are an error."""
+    image = table.sha256.where(table.sha256 != "", table.image_path)
+    last = table.groupby(image)[["decision", "by"]].transform("last")
+    overruled = table.decision != last.decision
+    undated = overruled & (table.when == "")
+    if undated.any():
+        msg = f"{path} contradicts itself about {undated.sum()} images: {some(_named(table[undated]))}. "
+        raise ValueError(msg + "Leave one answer.")
+    disagreed = table[overruled & (table.by != last.by)]
+    if len(disagreed):
+        names = some(_named(disagreed))
+        logger.warning("%s: people disagree about images (%s); the last answer counts.", path, names)
+    return table[~image.duplicated(keep="last")]
+
+
+def _named(answers: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(answers.image_path.where(answers.image_path != "", answers.sha256)))
 
 
 def decide(manifest: Manifest, decisions: pd.DataFrame) -> Manifest:
@@ -143,11 +133,11 @@ def decide(manifest: Manifest, decisions: pd.DataFrame) -> Manifest:
 
     Args:
         manifest (Manifest): Stays as it is.
-        decisions (pd.DataFrame): As `read_decisions` gives them.
+        decisions (pd.DataFrame): As `read` gives them.
 
     Returns:
-        Manifest: With ``decision``, ``decided_by`` "user", ``reason``, ``round`` and ``dirty_probability`` of the
-            decided images changed, and the contamination estimated anew.
+        Manifest: With ``decision``, ``decided_by`` "user", ``reason``, and ``round`` of the decided images
+            changed.
 
     Raises:
         ValueError: If a decision is about an image that is not in the manifest, if two contradict each other, or if an
@@ -160,79 +150,108 @@ def decide(manifest: Manifest, decisions: pd.DataFrame) -> Manifest:
         msg = f"{len(unreadable)} images to keep can't be read: {some(unreadable)}. Repair the files, or reject them."
         raise ValueError(msg)
     new = pd.Series(found, dtype=object)
-    old, by = (
-        table.decision[new.index],
-        table.decided_by[new.index].eq("user").map({True: "a person", False: "the rule"}),
-    )
+    old = table.decision[new.index]
+    by = table.decided_by[new.index].eq("user").map({True: "a person", False: "the rule"})
     new = new[(old != new) | (by == "the rule")]  # saying the same again changes nothing
     table.loc[new.index, "reason"] = [f"A person said {new[i]}; {by[i]} said {old[i]}." for i in new.index]
     table.loc[new.index, "decision"] = new
     table.loc[new.index, "decided_by"] = "user"
     table.loc[new.index[new == "keep"], "round"] = 0
-    return _with_estimate(table, dict(manifest.run))
+    return Manifest(table, dict(manifest.run))
 
 
-def _with_estimate(table: pd.DataFrame, run: dict[str, Any]) -> Manifest:
-    """The manifest with the contamination that its scores and all of a person's decisions speak for."""
-    scored = table[table.score.notna()]
-    decided = scored.decided_by.eq("user").to_numpy()
-    if decided.any() and run.get("contamination"):
-        known = {int(place): scored.decision.iloc[place] == "keep" for place in decided.nonzero()[0]}
-        further = further_scales({name.removeprefix("score_"): scored[name].to_numpy() for name in scored})
-        posterior = estimate_contamination(scored.score.to_numpy(), run.get("seed", 0), known, further)
-        run["contamination"] = posterior.summary()
-        rows = scored.index[decided]
-        table.loc[rows, "dirty_probability"] = scored.decision[rows].eq("reject").astype(float)
-    return Manifest(table, run)
+def append(folder: str | Path, answers: Iterable[Answer]) -> Path:
+    """Add answers to ``decisions.csv``. They are on the disk when this returns; earlier ones stay.
+
+    Args:
+        folder (str | Path): Output folder of ``metarefine curate``; made if it does not exist.
+        answers (Iterable[Answer]): In the order given.
+
+    Returns:
+        Path: The file.
+
+    Raises:
+        OSError: If they can't be written; then the file is as it was.
+        ValueError: If an answer is none, or a file of that name is of another kind.
+    """
+    now = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "by": _user()}
+    filled = [Answer(*(text or now.get(name, "") for name, text in answer._asdict().items())) for answer in answers]
+    wrong = [answer for answer in filled if answer.decision not in _MEANING.values() or not answer.sha256]
+    if wrong:
+        msg = f"An answer has a sha256, and keep, reject or review as its decision; found {wrong[0]}."
+        raise ValueError(msg)
+    path = Path(folder) / DECISIONS_FILE
+    if not filled:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(filled, columns=Answer._fields)
+    with FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_WAIT_S), path.open("a+b", buffering=0) as file:
+        file.seek(0)
+        content = file.read()
+        header = table_text(table.head(0)).encode()
+        if content and content.splitlines()[0] != header.strip():
+            msg = f"{path} has other columns than {', '.join(Answer._fields)}. Rename it, and pass it as --decisions."
+            raise ValueError(msg)
+        start = b"\n" if content and not content.endswith(b"\n") else b""
+        text = start + (b"" if content else header) + table_text(table, header=False).encode()
+        try:
+            if file.write(text) < len(text):
+                msg = f"{path} can't take any more answers: the disk is full."
+                raise OSError(msg)
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(len(content))
+            raise
+    return path
 
 
 def remember(folder: str | Path, manifest: Manifest, decisions: pd.DataFrame) -> Path:
-    """Add decisions to ``decisions.csv``, for the next run into this folder; about the same content, the last one wins.
+    """Append decisions for the next run into this folder, each with the content of its image; known ones are left out.
 
     Args:
         folder (str | Path): Output folder of ``metarefine curate``.
         manifest (Manifest): Has the images that the decisions are about.
-        decisions (pd.DataFrame): As `read_decisions` gives them.
+        decisions (pd.DataFrame): As `read` gives them.
 
     Returns:
-        Path: The file, with ``sha256``, ``image_path``, ``decision`` and ``decided_at`` (ISO 8601, UTC).
+        Path: ``decisions.csv``.
 
     Raises:
-        ValueError: As `decide`.
+        ValueError: As `decide` and `append`.
     """
+    known = load(folder)
     found = _find(manifest, decisions)
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    rows = manifest.table.loc[list(found), ["sha256", "image_path"]]
-    rows = rows.assign(decision=list(found.values()), decided_at=now)
-    rows = rows[rows.sha256 != ""]  # a file without content can't be recognised
-    path = Path(folder) / DECISIONS_FILE
-    if path.is_file():
-        rows = pd.concat([_remembered(path), rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, rows.drop_duplicates("sha256", keep="last").sort_values("image_path").to_csv(index=False))
-    return path
+    table = manifest.table
+    answers = [Answer(table.image_path[row], table.sha256[row], decision) for row, decision in found.items()]
+    # A file without content can't be recognised.
+    return append(folder, [a for a in answers if a.sha256 and known.get(a.sha256) != a.decision])
 
 
-def load_remembered(folder: str | Path) -> dict[str, str]:
-    """What `remember` wrote: keep or reject, by the SHA-256 of the image; empty if nobody decided anything yet.
+def load(folder: str | Path) -> dict[str, str]:
+    """What ``decisions.csv`` of an output folder holds: keep or reject, by the SHA-256 of the image.
+
+    Returns:
+        dict[str, str]: Empty if nobody decided anything yet.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file is damaged, or has answers without ``sha256``.
     """
     path = Path(folder) / DECISIONS_FILE
     if not path.is_file():
         return {}
-    table = _remembered(path)
+    table = read(path)
+    nameless = table.image_path[table.sha256 == ""].tolist()
+    if nameless:
+        msg = f"{path} has {len(nameless)} answers without sha256: {some(nameless)}. "
+        raise ValueError(msg + "Rename it, and pass it as --decisions, where the path is enough.")
     return dict(zip(table.sha256, table.decision, strict=True))
 
 
-def _remembered(path: Path) -> pd.DataFrame:
-    table = read_table(path)
-    expected = ["sha256", "image_path", "decision", "decided_at"]
-    if list(table.columns) != expected or not table.decision.isin(["keep", "reject"]).all():
-        msg = f"{path} is damaged: expected the columns {', '.join(expected)}, and keep or reject. Repair or delete it."
-        raise ValueError(msg)
-    return table
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user need not have a name
+        return ""
 
 
 def _readable(table: pd.DataFrame, row: int) -> bool:

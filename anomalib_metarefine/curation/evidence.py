@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from anomalib_metarefine.curation.run_folder import read_run
+from anomalib_metarefine.curation.schema import require_inside
 from anomalib_metarefine.refinement.patches import LEAST_REPAIRED, outside_regions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from anomalib_metarefine.refinement.engine import Images, Result
 
@@ -46,36 +49,47 @@ class Evidence:
     unusual_in: list[str] = field(default_factory=list)
     unusual: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=bool))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: Path) -> None:
         """Write a NumPy archive."""
-        np.savez_compressed(
-            path,
-            paths=np.array(self.paths, dtype=str),
-            maps=self.maps,
-            nearest=np.array(self.nearest, dtype=str),
-            groups=np.array(self.groups, dtype=int),
-            limits=np.array(self.limits, dtype=float),
-            unusual_in=np.array(self.unusual_in, dtype=str),
-            unusual=self.unusual,
-        )
+        with path.open("wb") as file:
+            np.savez_compressed(
+                file,
+                paths=np.array(self.paths, dtype=str),
+                maps=self.maps,
+                nearest=np.array(self.nearest, dtype=str),
+                groups=np.array(self.groups, dtype=int),
+                limits=np.array(self.limits, dtype=float),
+                unusual_in=np.array(self.unusual_in, dtype=str),
+                unusual=self.unusual,
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> Evidence:
-        """Read what `save` wrote.
+        """Read what `save` wrote, as part of a run.
 
         Raises:
             FileNotFoundError: If it is not there.
+            ValueError: If it is damaged, or not of the run that ``run.json`` beside it tells of.
         """
-        with np.load(path, allow_pickle=False) as data:
-            patches = (data["unusual_in"].tolist(), data["unusual"]) if "unusual" in data else ()  # not in older files
-            return cls(
-                data["paths"].tolist(),
-                data["maps"],
-                data["nearest"].tolist(),
-                data["groups"].tolist(),
-                tuple(data["limits"].tolist()),
-                *patches,
-            )
+        file = Path(path)
+        read_run(file)
+        try:
+            with np.load(file, allow_pickle=False) as data:
+                found = {name: data[name] for name in (entry.name for entry in fields(cls))}
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            msg = f"{file} is damaged ({error}). Run `metarefine curate` again."
+            raise ValueError(msg) from error
+        listed = {name: found[name].tolist() for name in ("paths", "nearest", "groups", "limits", "unusual_in")}
+        evidence = cls(**{**found, **listed, "limits": tuple(listed["limits"])})
+        evidence._check(file)
+        return evidence
+
+    def _check(self, file: Path) -> None:
+        require_inside([*self.paths, *filter(None, self.nearest), *self.unusual_in], f"Names in {file}")
+        shown = {len(self.paths), len(self.maps), len(self.nearest), len(self.groups)}
+        if len(shown) > 1 or len(self.unusual_in) != len(self.unusual) or {self.maps.ndim, self.unusual.ndim} != {3}:
+            msg = f"{file} is damaged: its parts are not of the same number of images. Run `metarefine curate` again."
+            raise ValueError(msg)
 
 
 def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> Evidence:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-
 from anomalib_metarefine.images.reading import EXTENSIONS
+from anomalib_metarefine.images.tables import read_table
 
 if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
@@ -94,30 +93,6 @@ def read_source(
         return _from_table(path, root)
     msg = f"Can't take images from {path}. Expected a folder, a {_either(_TABLES)} file or a {_either(_CONFIGS)} file."
     raise ValueError(msg)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet file. All cells of a CSV file are text, so that a file called ``NA`` or ``007`` keeps its name.
-
-    A spreadsheet's habits are forgiven: a byte-order mark, and semicolons in place of commas.
-
-    Raises:
-        ModuleNotFoundError: If a Parquet file is given and pyarrow is not installed.
-        ValueError: If the file is no such table.
-    """
-    try:
-        if path.suffix.lower() == ".parquet":
-            return pd.read_parquet(path)
-        with path.open(encoding="utf-8-sig") as file:
-            header = file.readline()
-        separator = ";" if header.count(";") > header.count(",") else ","
-        return pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except ImportError as error:
-        msg = f"Reading {path} needs pyarrow. Run `pip install pyarrow`, or save the table as CSV."
-        raise ModuleNotFoundError(msg) from error
-    except (ValueError, OSError) as error:
-        msg = f"{path} can't be read as a table ({error}). Expected UTF-8 text with commas, or Parquet."
-        raise ValueError(msg) from error
 
 
 def load_datamodule(path: str | Path) -> AnomalibDataModule:

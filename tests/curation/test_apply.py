@@ -122,6 +122,15 @@ def test_a_list_can_t_hold_line_breaks(root, tmp_path):
     assert apply(manifest, tmp_path / "to").counts["keep"] == 1
 
 
+@pytest.mark.parametrize("mode", ["symlink", "copy"])
+def test_names_as_long_as_names_can_be(root, tmp_path, mode):
+    name = "ü" * 120 + "0123456789" + ".png"  # 254 bytes of 255
+    (root / name).write_bytes(b"long")
+    manifest = make_manifest(root, {name: "keep"})
+    apply(manifest, tmp_path / "to", mode)
+    assert (tmp_path / "to" / "keep" / name).read_bytes() == b"long"
+
+
 class TestInterrupted:
     @pytest.fixture
     def half(self, manifest, tmp_path, monkeypatch):

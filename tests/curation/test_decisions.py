@@ -1,21 +1,12 @@
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from anomalib_metarefine.curation.decisions import (
-    decide,
-    load_remembered,
-    propose,
-    read_decisions,
-    remember,
-    review_queue,
-    template,
-)
+from anomalib_metarefine.curation.decisions import Answer, append, decide, load, read, remember
 from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.questions import template
 from anomalib_metarefine.refinement.posterior import estimate_contamination
 from tests.curation.test_manifest import make_manifest
 
@@ -44,24 +35,38 @@ def answers(**decisions) -> pd.DataFrame:
 
 class TestReadDecisions:
     def test_in_peoples_words(self, tmp_path):
-        words = ["keep", " Good", "OK", "clean", "normal", "reject", "BAD ", "ng", "dirty", "Defective", "anomalous"]
-        rows = [f"{i}.png,{word}" for i, word in enumerate([*words, "", "review"])]
+        keep = ["keep", " Good", "OK", "clean", "normal", "i.O.", "i. O.", "IO", "pass", "0"]
+        reject = [
+            "reject",
+            "BAD ",
+            "ng",
+            "dirty",
+            "Defective",
+            "anomalous",
+            "nok",
+            "NOK",
+            "n.i.O.",
+            "n. i. O.",
+            "fail",
+            "1",
+        ]
+        rows = [f"{i}.png,{word}" for i, word in enumerate([*keep, *reject, "", " ", "review"])]
         (tmp_path / "d.csv").write_text("image_path,decision\n" + "\n".join(rows) + "\n")
-        table = read_decisions(tmp_path / "d.csv")
-        assert table.decision.tolist() == ["keep"] * 5 + ["reject"] * 6
+        table = read(tmp_path / "d.csv")
+        assert table.decision.tolist() == ["keep"] * len(keep) + ["reject"] * len(reject)
         assert table.columns.tolist() == ["sha256", "image_path", "decision"]
-        assert table.image_path.iloc[-1] == "10.png"
+        assert table.image_path.iloc[-1] == f"{len(keep + reject) - 1}.png"
 
     def test_by_hash_alone(self, tmp_path):
         (tmp_path / "d.csv").write_text("decision;sha256\r\nkeep;ABC\r\n")
-        assert read_decisions(tmp_path / "d.csv").to_numpy().tolist() == [["abc", "", "keep"]]
+        assert read(tmp_path / "d.csv").to_numpy().tolist() == [["abc", "", "keep"]]
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
             (
                 "image_path,decision\na,perhaps\nb,keep\n",
-                "not understood: perhaps. Write one of keep",
+                "not understood: 'perhaps' in row 1. Write one of keep",
             ),
             ("path,decision\na,keep\n", "needs a column decision, and image_path or sha256; found path, decision"),
             ("image_path\na\n", "needs a column decision"),
@@ -71,13 +76,13 @@ class TestReadDecisions:
     def test_says_what_is_wrong(self, tmp_path, text, message):
         (tmp_path / "d.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_decisions(tmp_path / "d.csv")
+            read(tmp_path / "d.csv")
 
     def test_refuses_a_manifest(self, manifest, tmp_path):
         with pytest.raises(ValueError, match="is a manifest. Pass a file with only"):
-            read_decisions(manifest.write(tmp_path))
+            read(manifest.write(tmp_path))
         with pytest.raises(FileNotFoundError, match="no decisions at"):
-            read_decisions(tmp_path / "none.csv")
+            read(tmp_path / "none.csv")
 
 
 class TestDecide:
@@ -150,110 +155,113 @@ class TestDecide:
         assert on_three.run["contamination"] == expected != after
 
 
+class TestHistory:
+    HEADER = "image_path,sha256,decision,when,by\n"
+
+    def test_answers_are_added_and_the_last_one_counts(self, tmp_path):
+        assert load(tmp_path / "out") == {}
+        path = append(tmp_path / "out", [Answer("a.png", "aa", "reject", by="Ada"), Answer("=b.png", "bb", "keep")])
+        first = path.read_bytes()
+        append(tmp_path / "out", [Answer("a.png", "aa", "keep", by="Ada")])
+        assert path.read_bytes().startswith(first)  # history stays
+        assert load(tmp_path / "out") == {"aa": "keep", "bb": "keep"}
+        lines = path.read_text().splitlines()
+        assert lines[0] + "\n" == self.HEADER
+        assert lines[2].startswith("'=b.png,bb,keep,")
+        assert read(path).image_path.tolist() == ["=b.png", "a.png"]
+        assert pd.to_datetime(pd.read_csv(path).when).dt.tz is not None
+
+    def test_an_answer_can_be_taken_back(self, tmp_path):
+        append(tmp_path, [Answer("a.png", "aa", "reject"), Answer("b.png", "bb", "keep")])
+        append(tmp_path, [Answer("a.png", "aa", "review")])
+        assert load(tmp_path) == {"bb": "keep"}
+
+    def test_people_who_disagree_are_named(self, tmp_path, caplog):
+        append(tmp_path, [Answer("a.png", "aa", "reject", by="Ada"), Answer("b.png", "bb", "reject", by="Ada")])
+        append(tmp_path, [Answer("a.png", "AA", "keep", by="Bob"), Answer("b.png", "bb", "keep", by="Ada")])
+        assert load(tmp_path) == {"aa": "keep", "bb": "keep"}
+        assert "people disagree about images (a.png); the last answer counts" in caplog.text
+
+    def test_a_contradiction_without_a_date_is_an_error(self, tmp_path):
+        (tmp_path / "d.csv").write_text("image_path,decision\na.png,keep\nb.png,keep\na.png,nok\n")
+        with pytest.raises(ValueError, match="d.csv contradicts itself about 1 images: a.png. Leave one answer"):
+            read(tmp_path / "d.csv")
+
+    def test_a_last_line_that_was_cut_off(self, tmp_path, caplog):
+        path = append(tmp_path, [Answer("a.png", "aa", "keep"), Answer("b.png", "bb", "reject")])
+        path.write_bytes(path.read_bytes()[: path.read_bytes().index(b"reject") + 3])
+        append(tmp_path, [Answer("c.png", "cc", "reject")])
+        assert load(tmp_path) == {"aa": "keep", "cc": "reject"}
+        assert "1 lines were cut off while being written" in caplog.text
+        path.write_text(self.HEADER + "a.png,aa,keep,now,Ada")  # a spreadsheet left the end of the line out
+        append(tmp_path, [Answer("b.png", "bb", "reject")])
+        assert load(tmp_path) == {"aa": "keep", "bb": "reject"}
+
+    def test_a_full_disk_leaves_the_file_as_it_was(self, tmp_path, monkeypatch):
+        path = append(tmp_path, [Answer("a.png", "aa", "keep")])
+        before = path.read_bytes()
+
+        def fail(descriptor):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("os.fsync", fail)
+        with pytest.raises(OSError, match="disk full"):
+            append(tmp_path, [Answer("b.png", "bb", "keep")])
+        assert path.read_bytes() == before
+
+    def test_a_file_of_another_kind_is_not_added_to(self, tmp_path):
+        path = tmp_path / "decisions.csv"
+        path.write_text("sha256,image_path,decision\naa,a.png,keep\n")
+        assert load(tmp_path) == {"aa": "keep"}  # but it is understood
+        with pytest.raises(ValueError, match="has other columns than image_path, sha256, decision, when, by"):
+            append(tmp_path, [Answer("b.png", "bb", "keep")])
+        path.write_text("image_path,decision\na.png,keep\n")
+        with pytest.raises(ValueError, match="1 answers without sha256: a.png"):
+            load(tmp_path)
+        path.write_text("sha256\naa\n")
+        with pytest.raises(ValueError, match="needs a column decision"):
+            load(tmp_path)
+
+    def test_no_answer_no_file(self, tmp_path):
+        append(tmp_path / "out", [])
+        assert not (tmp_path / "out").exists()
+        for wrong in (Answer("a.png", "aa", "maybe"), Answer("a.png", "", "keep")):
+            with pytest.raises(ValueError, match="An answer has a sha256, and keep, reject or review"):
+                append(tmp_path, [wrong])
+
+    def test_several_people_lose_nothing(self, tmp_path):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: append(tmp_path, [Answer(f"{i}.png", f"{i}", "keep")]), range(80)))
+        assert load(tmp_path) == {str(i): "keep" for i in range(80)}
+
+
 class TestRemember:
-    def test_the_last_one_wins(self, manifest, tmp_path):
-        assert load_remembered(tmp_path / "out") == {}
+    def test_by_content_and_once(self, manifest, tmp_path):
         path = remember(tmp_path / "out", manifest, answers(_0="reject", _3="keep"))
-        remember(tmp_path / "out", manifest, answers(_0="keep", _5="reject"))
+        remember(tmp_path / "out", manifest, answers(_0="keep", _3="keep", _5="reject"))
         sha256 = manifest.table.sha256
-        assert load_remembered(tmp_path / "out") == {sha256[0]: "keep", sha256[3]: "keep", sha256[5]: "reject"}
-        table = pd.read_csv(path)
-        assert table.columns.tolist() == ["sha256", "image_path", "decision", "decided_at"]
-        assert pd.to_datetime(table.decided_at).dt.tz is not None
+        assert load(tmp_path / "out") == {sha256[0]: "keep", sha256[3]: "keep", sha256[5]: "reject"}
+        assert path.read_text().count("\n") == 1 + 4  # what was known is not said again
+        before = path.read_bytes()
+        remember(tmp_path / "out", manifest, read(path))
+        assert path.read_bytes() == before
 
     def test_what_it_wrote_can_be_passed_as_decisions(self, manifest, tmp_path):
         decisions = answers(_0="reject", _3="keep")
         path = remember(tmp_path, manifest, decisions)
-        again, direct = decide(manifest, read_decisions(path)), decide(manifest, decisions)
+        again, direct = decide(manifest, read(path)), decide(manifest, decisions)
         pd.testing.assert_frame_equal(again.table, direct.table)
 
     def test_a_file_without_content_is_not_remembered(self, manifest, tmp_path):
         broken = Manifest(manifest.table.assign(sha256=""), manifest.run)
         remember(tmp_path, broken, answers(_0="reject"))
-        assert load_remembered(tmp_path) == {}
-
-    def test_a_damaged_file(self, tmp_path):
-        (tmp_path / "decisions.csv").write_text("sha256,decision\nabc,keep\n")
-        with pytest.raises(ValueError, match="decisions.csv is damaged: expected the columns sha256, image_path"):
-            load_remembered(tmp_path)
-
-
-def test_queue_and_template(root):
-    names = dict(zip(NAMES, VERDICTS, strict=True))
-    manifest = make_manifest(root, names, dirty_probability=[0.5, 0.5, 0.9, 0.45, 0.5, 0.5])
-    assert review_queue(manifest).image_path.tolist() == ["3.png", "2.png"]
-    table = template(manifest)
-    assert table.image_path.tolist() == ["3.png", "2.png"]
-    assert table.decision.tolist() == ["", ""]
-    assert table.decision_so_far.tolist() == ["review", "review"]
-    assert template(manifest, ["5.png", "0.png"]).decision_so_far.tolist() == ["reject", "keep"]
+        assert load(tmp_path) == {}
 
 
 def test_a_filled_in_template_is_understood(manifest, tmp_path):
     table = template(manifest)
     table.loc[0, "decision"] = "good"
     table.to_csv(tmp_path / "filled.csv", index=False)
-    decisions = read_decisions(tmp_path / "filled.csv")
+    decisions = read(tmp_path / "filled.csv")
     assert decisions.image_path.tolist() == [table.image_path[0]]
     assert decide(manifest, decisions).counts["review"] == 1
-
-
-class TestPropose:
-    @pytest.fixture
-    def unsure(self, root):
-        names = dict(zip(NAMES, VERDICTS, strict=True))
-        return make_manifest(root, names, dirty_probability=[0.1, 0.4, 0.5, 0.48, 0.52, 0.95])
-
-    def test_asks_first_about_what_may_have_been_missed(self, unsure):
-        verdicts = unsure.table.decision.tolist()
-        probability = unsure.table.dirty_probability.to_numpy()
-        missed = [i for i in np.argsort(-probability) if verdicts[i] != "reject"]
-        doubted = [i for i in np.argsort(probability) if verdicts[i] == "reject"]
-        assert missed
-        assert doubted
-        expected = [f"{i}.png" for i in [*missed, *doubted]]
-        assert propose(unsure, 100) == expected
-        assert propose(unsure, 2) == expected[:2]
-
-    def test_spreads_over_look_alikes(self, unsure):
-        unsure.table["decision"] = "keep"
-        groups = {"2.png": 7, "3.png": 7, "4.png": 7, "1.png": -1, "0.png": -1}
-        # Gains 0.95, 0.52, 0.4, 0.5 / 2, 0.48 / 3, 0.1
-        assert propose(unsure, 6, groups) == ["5.png", "4.png", "1.png", "2.png", "3.png", "0.png"]
-
-    def test_not_about_what_is_known(self, unsure):
-        first, second, third = propose(unsure, 3)
-        decided = decide(unsure, answers(**{f"_{first[0]}": "keep"}))
-        assert propose(decided, 1) == [second]
-        decided.table.loc[int(second[0]), ["decided_by", "decision"]] = ["unreadable", "reject"]
-        assert propose(decided, 1) == [third]
-
-    def test_nothing_to_ask(self, unsure):
-        unsure.table["decided_by"] = "user"
-        assert propose(unsure, 3) == []
-        with pytest.raises(ValueError, match="at least 1 image, found 0"):
-            propose(unsure, 0)
-
-    @given(
-        st.lists(st.tuples(st.floats(0, 1), st.integers(-1, 2)), min_size=1, max_size=12, unique=True),
-        st.integers(1, 12),
-    )
-    @settings(max_examples=30, deadline=None)
-    def test_is_greedy_in_the_discounted_gain(self, images, budget):
-        names = [f"{i:02d}.png" for i in range(len(images))]
-        probability = {name: p for name, (p, _) in zip(names, images, strict=True)}
-        groups = {name: group for name, (_, group) in zip(names, images, strict=True)}
-        verdicts = dict.fromkeys(names, "keep")
-        manifest = make_manifest(Path("/nowhere"), verdicts, dirty_probability=list(probability.values()))
-        chosen = propose(manifest, budget, groups)
-        assert len(chosen) == len(set(chosen)) == min(budget, len(names))
-        asked: list[int] = []
-        for name in chosen:
-            rest = [n for n in names if n not in chosen[: len(asked)]]
-            gains = {n: probability[n] / (1 + _times(groups[n], asked)) for n in rest}
-            assert gains[name] == pytest.approx(max(gains.values()), abs=1e-12)
-            asked.append(groups[name])
-
-
-def _times(group, asked):
-    return asked.count(group) if group >= 0 else 0

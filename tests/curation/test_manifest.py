@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import shutil
@@ -6,15 +7,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from anomalib.data import Folder
-from anomalib.engine import Engine
-from anomalib.models import Padim
-from PIL import Image
 
-from anomalib_metarefine import use_offline_weights
 from anomalib_metarefine.curation.manifest import Manifest, data_sha256, file_sha256
-from tests.conftest import folder
 
 
 def make_files(root: Path) -> Path:
@@ -49,6 +43,11 @@ def make_manifest(root: Path, decisions: dict[str, str], **columns) -> Manifest:
     return Manifest(table, {"root": str(root), "source": str(root), "seed": 0})
 
 
+def visible(folder: Path) -> list[str]:
+    """What a user sees of a folder."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 @pytest.fixture
 def files(tmp_path):
     """Six small files in two folders."""
@@ -77,9 +76,11 @@ def manifest(files):
 
 def test_comes_back_from_its_files_to_the_last_bit(files, tmp_path):
     names = dict.fromkeys(DECISIONS, "keep")
-    for odd in ["NA", "007", 'com,ma "quoted".png', "schön ß.png", "line\nbreak.png", " space.png"]:
-        (files / odd).write_bytes(odd.encode())
-        names[odd] = "reject"
+    odd = ["NA", "007", 'com,ma "quoted".png', "schön ß.png", "line\nbreak.png", "re\rturn.png", " space.png", "'a.png"]
+    odd += ["=1+1.png", "+a.png", "-a.png", "@a.png", "\ttab.png", "a;=1+1.png", "back\\x3dslash.png", "\uff1dwide.png"]
+    for name in odd:
+        (files / name).write_bytes(name.encode())
+        names[name] = "reject"
     scores = np.random.default_rng(0).normal(size=len(names))
     scores[3] = np.nan
     manifest = make_manifest(files, names, score=scores, note="a column of the user's")
@@ -87,9 +88,10 @@ def test_comes_back_from_its_files_to_the_last_bit(files, tmp_path):
     for path in (written, tmp_path / "out"):
         again = Manifest.read(path)
         pd.testing.assert_frame_equal(again.table, manifest.table, check_exact=True)
-        assert again.run == {**manifest.run, "counts": {"keep": 6, "reject": 6, "review": 0}}
+        counts = {"keep": 6, "reject": len(odd), "review": 0}
+        assert again.run == {**manifest.run, "counts": counts, "files": again.run["files"]}
         assert again.verify() == ([], [])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.csv", "run.json"]
+    assert visible(tmp_path / "out") == ["manifest.csv", "run.json"]
 
 
 def test_columns_are_put_in_order(manifest):
@@ -115,7 +117,7 @@ def test_a_failed_write_leaves_the_old_manifest(manifest, tmp_path, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         manifest.write(tmp_path / "out")
     assert (tmp_path / "out" / "manifest.csv").read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.csv", "run.json"]
+    assert visible(tmp_path / "out") == ["manifest.csv", "run.json"]
 
 
 @pytest.mark.parametrize(
@@ -124,8 +126,10 @@ def test_a_failed_write_leaves_the_old_manifest(manifest, tmp_path, monkeypatch)
         ({"decision": "maybe"}, r"decision must be one of \['keep', 'reject', 'review'\]; found maybe"),
         ({"decided_by": "magic"}, "decided_by must be one of"),
         ({"image_path": "left/0.png"}, "5 images are listed more than once: left/0.png"),
-        ({"image_path": [f"../{i}" for i in range(6)]}, "relative to the root and inside of it; found ../0"),
-        ({"image_path": [f"/tmp/{i}" for i in range(6)]}, "relative to the root and inside of it"),
+        ({"image_path": [f"../{i}" for i in range(6)]}, "relative to the root, inside of it and .*; found ../0"),
+        ({"image_path": [f"/tmp/{i}" for i in range(6)]}, "relative to the root, inside of it"),
+        ({"image_path": [f"./{i}" for i in range(6)]}, "without `./`; found ./0"),
+        ({"image_path": [f"a//{i}" for i in range(6)]}, "without `./`; found a//0"),
         ({"dirty_probability": 1.5}, r"dirty_probability must lie in \[0, 1\]; found 1.5"),
         ({"score": "high"}, "score must be a number"),
         ({"round": 0.5}, "round must be a whole number, found 0.5"),
@@ -138,22 +142,72 @@ def test_says_what_is_wrong_with_a_table(manifest, change, message):
 
 
 def test_says_what_is_wrong_with_the_files(manifest, tmp_path):
-    with pytest.raises(FileNotFoundError, match="Expected manifest.csv and run.json"):
+    with pytest.raises(FileNotFoundError, match=r"manifest.csv. Expected manifest.csv and run.json"):
         Manifest.read(tmp_path)
-    out = tmp_path / "out"
-    manifest.write(out)
-    run = (out / "run.json").read_text()
-    manifest.table.drop(columns="reason").to_csv(out / "manifest.csv", index=False)
-    with pytest.raises(ValueError, match=r"manifest.csv can't be used: a manifest needs the columns \['reason'\]"):
-        Manifest.read(out)
+    manifest.write(tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
     for text, message in [
-        ("{", "no valid JSON"),
-        (run.replace("manifest/1", "manifest/9"), "has schema 'metarefine-manifest/9'"),
-        ("{}", "must be the absolute folder of the images, found None"),
+        ("{", "run.json is damaged: expected a JSON object"),
+        ("[1, 2]", "run.json is damaged: expected a JSON object"),
+        ('{"files": 3}', "run.json is damaged: expected a JSON object"),
+        ("{}", "run.json is damaged: expected a JSON object"),
     ]:
-        (out / "run.json").write_text(text)
+        (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            Manifest.read(out)
+            Manifest.read(tmp_path)
+    for change, message in [
+        ({"schema": "metarefine-manifest/9"}, "has schema 'metarefine-manifest/9'"),
+        ({"schema": ["x"]}, r"has schema \['x'\]"),
+        ({"root": 3}, "run\\['root'\\] must be of type str, found 3"),
+        ({"root": "here"}, "must be the absolute folder of the images, found 'here'"),
+        ({"contamination": [0.1]}, "must have numbers estimate, low, high, level, found \\[0.1\\]"),
+        ({"contamination": {"estimate": "high"}}, "must have numbers estimate"),
+        ({"rounds": [{"number": 1, "fence": "high"}]}, "as entry 1"),
+        ({"rounds": [7]}, "found 7 as entry 1"),
+    ]:
+        (tmp_path / "run.json").write_text(json.dumps({**run, **change}))
+        with pytest.raises(ValueError, match=message):
+            Manifest.read(tmp_path)
+
+
+def test_a_manifest_that_was_cut_or_edited_is_refused(manifest, tmp_path):
+    file = manifest.write(tmp_path)
+    lines = file.read_bytes().splitlines(keepends=True)
+    edited = [lines[0], lines[1].replace(b"keep", b"reject"), *lines[2:]]
+    for wrong in (lines[:4], lines[:1], edited, [b""]):
+        file.write_bytes(b"".join(wrong))
+        with pytest.raises(ValueError, match="manifest.csv is not the file that run.json was written with: it is cut"):
+            Manifest.read(tmp_path)
+    file.write_bytes(b"".join(lines).replace(b"\n", b"\r\n"))  # as version control may check it out
+    assert Manifest.read(tmp_path).counts == manifest.counts
+
+
+def test_a_manifest_without_images(manifest):
+    with pytest.raises(ValueError, match="it lists no image"):
+        Manifest(manifest.table.head(0), manifest.run)
+
+
+def test_hashes_are_compared_in_any_case(manifest):
+    assert Manifest(manifest.table.assign(sha256=manifest.table.sha256.str.upper()), manifest.run).verify() == ([], [])
+
+
+def test_names_are_no_formulas_in_a_spreadsheet(files, tmp_path):
+    names = ["=cmd|' /C calc'!A0.png", "+1.png", "-1.png", "@sum.png", "\r=1.png", "a;=1.png", "plain.png"]
+    make_manifest(files, dict.fromkeys(names, "keep"), sha256="").write(tmp_path)
+    text = (tmp_path / "manifest.csv").read_text()
+    assert len(text.splitlines()) == 1 + len(names)  # one row a line
+    for separator in ",;":
+        cells = [cell for row in csv.reader(text.splitlines(), delimiter=separator) for cell in row]
+        assert [cell for cell in cells if cell.lstrip()[:1] in "=+-@" and not _is_number(cell)] == []
+    assert "\nplain.png," in text
+
+
+def _is_number(cell):
+    try:
+        float(cell)
+    except ValueError:
+        return not cell
+    return True
 
 
 def test_orders_by_what_a_person_looks_at_first(files):
@@ -204,144 +258,6 @@ def test_hash_of_the_data_set_ignores_order_only():
     first = data_sha256(["a", "b"], ["1", "2"])
     assert first == data_sha256(["b", "a"], ["2", "1"])
     assert first != data_sha256(["a", "b"], ["2", "1"])
-
-
-class TestDiff:
-    def test_of_the_same_is_empty(self, manifest):
-        assert manifest.diff(manifest).empty
-
-    def test_recognises_moved_and_edited_files(self, manifest, files):
-        (files / "left/0.png").rename(files / "right/0.png")  # moved, and decided otherwise
-        (files / "left/1.png").rename(files / "right/1.png")  # only moved
-        (files / "left/2.png").write_bytes(b"edited")  # the path remains, decided otherwise
-        (files / "right/5.png").unlink()
-        (files / "new.png").write_bytes(b"new")
-        later = make_manifest(
-            files,
-            {
-                "right/0.png": "reject",
-                "right/1.png": "keep",
-                "left/2.png": "keep",
-                "right/3.png": "reject",
-                "right/4.png": "review",
-                "new.png": "keep",
-            },
-        )
-        found = manifest.diff(later).drop(columns="reason").to_numpy().tolist()
-        assert found == [
-            ["decision", "left/2.png", "left/2.png", "review", "keep"],
-            ["added", "new.png", "", "", "keep"],
-            ["decision", "right/0.png", "left/0.png", "keep", "reject"],
-            ["removed", "right/5.png", "right/5.png", "reject", ""],
-        ]
-
-    def test_exact_copies_and_unreadable_files_are_not_mixed_up(self, files):
-        for name in ("0", "1"):
-            (files / "left" / f"{name}.png").write_bytes(b"twin")
-        before = make_manifest(files, DECISIONS, sha256=["twin", "twin", "", "", "4", "5"])
-        renamed = {name.replace("left", "moved"): decision for name, decision in DECISIONS.items()}
-        after = make_manifest(files, renamed, sha256=["twin", "twin", "", "", "4", "5"])
-        changes = before.diff(after)
-        # Twins pair off; a file that could not be read is known by its path only.
-        assert list(zip(changes.change, changes.image_path, strict=True)) == [
-            ("removed", "left/2.png"),
-            ("added", "moved/2.png"),
-        ]
-
-
-class TestDatamodule:
-    @pytest.fixture
-    def curated(self, parts):
-        names = [f"train/good/{i:03d}.png" for i in range(24)]
-        decisions = dict(zip(names, ["reject"] * 4 + ["review"] * 2 + ["keep"] * 18, strict=True))
-        return make_manifest(parts, decisions)
-
-    def test_without_a_test_set(self, curated):
-        datamodule = curated.datamodule(num_workers=0, train_batch_size=4)
-        datamodule.setup()
-        assert len(datamodule.train_data) == 20
-        assert set(datamodule.train_data.samples.label_index) == {0}
-        assert next(iter(datamodule.train_dataloader())).image.shape == (4, 3, 96, 96)
-        datamodule = curated.datamodule(review="reject")
-        datamodule.setup()
-        assert datamodule.train_data.samples.image_path.tolist() == [str(path) for path in curated.kept]
-
-    @pytest.mark.parametrize(("mode", "test", "val"), [("same_as_test", 16, 16), ("from_test", 8, 8), ("none", 16, 0)])
-    def test_keeps_the_users_test_set(self, curated, parts, mode, test, val):
-        theirs = folder(parts, val_split_mode=mode, seed=3)
-        datamodule = curated.datamodule(test=theirs)
-        assert not hasattr(theirs, "test_data")  # the user's datamodule is not set up behind their back
-        theirs.setup()
-        datamodule.setup()
-        assert len(datamodule.train_data) == 20
-        assert datamodule.test_data.samples.image_path.tolist() == theirs.test_data.samples.image_path.tolist()
-        assert datamodule.test_data.samples.label_index.tolist() == theirs.test_data.samples.label_index.tolist()
-        assert (len(datamodule.test_data), len(getattr(datamodule, "val_data", []))) == (test, val)
-        assert (datamodule.train_batch_size, datamodule.num_workers) == (8, 0)
-
-    def test_from_a_config_without_normal_test_images(self, curated, parts):
-        settings = {"name": "parts", "root": str(parts), "normal_dir": "train/good", "abnormal_dir": "test/blob"}
-        settings |= {"test_split_mode": "none", "val_split_mode": "none"}
-        (parts / "data.yaml").write_text(yaml.safe_dump({"data": {"class_path": "Folder", "init_args": settings}}))
-        datamodule = curated.datamodule(test=parts / "data.yaml")
-        datamodule.setup()
-        assert (len(datamodule.train_data), len(datamodule.test_data)) == (20, 8)
-
-    def test_warns_of_test_images_that_are_trained_on(self, curated, parts, caplog):
-        curated.datamodule(test=Folder(name="same", root=parts, normal_dir="test/good", normal_test_dir="train/good"))
-        assert "20 test images are training images too: " in caplog.text
-
-    def test_a_validation_folder_becomes_the_test_set(self, curated, parts, caplog):
-        datamodule = curated.datamodule(test=folder(parts, val_split_mode="from_dir"))
-        datamodule.setup()
-        assert datamodule.val_data.samples.equals(datamodule.test_data.samples)
-        assert "parts has a validation folder" in caplog.text
-
-    def test_settings_win(self, curated, parts):
-        settings = {"name": "mine", "eval_batch_size": 3, "val_split_mode": "none"}
-        datamodule = curated.datamodule(test=folder(parts), **settings)
-        assert {name: getattr(datamodule, name) for name in settings} == settings
-
-    def test_refuses(self, curated, parts):
-        with pytest.raises(ValueError, match="synthetic and vanishes"):
-            curated.datamodule(test=folder(parts, test_split_mode="synthetic"))
-        with pytest.raises(ValueError, match="review must be"):
-            curated.datamodule(review="maybe")
-        nothing = make_manifest(parts, {"train/good/000.png": "reject"})
-        with pytest.raises(ValueError, match="nothing to train on: {'keep': 0, 'reject': 1, 'review': 0}"):
-            nothing.datamodule()
-        (parts / "train/good/000.png").unlink()  # a rejected image may be gone
-        curated.datamodule()
-        (parts / "train/good/010.png").unlink()
-        with pytest.raises(ValueError, match=r"1 missing \(train/good/010.png\)"):
-            curated.datamodule()
-
-    def test_trains_padim_without_a_test_set(self, curated, tmp_path):
-        use_offline_weights()
-        engine = Engine(default_root_dir=tmp_path / "runs", logger=False, accelerator="cpu", limit_val_batches=0)
-        engine.fit(padim(), datamodule=curated.datamodule(num_workers=0))
-        assert engine.trainer.num_training_batches == 1
-        assert engine.trainer.current_epoch == 1
-
-    def test_trains_padim_and_scores_pixels(self, curated, parts, tmp_path):
-        use_offline_weights()
-        (parts / "masks").mkdir()
-        for path in (parts / "test" / "blob").iterdir():
-            Image.fromarray((np.array(Image.open(path)) == 250).astype(np.uint8) * 255).save(
-                parts / "masks" / path.name
-            )
-        model = padim()
-        engine = Engine(default_root_dir=tmp_path / "runs", logger=False, accelerator="cpu")
-        datamodule = curated.datamodule(test=folder(parts, mask_dir="masks"))
-        engine.fit(model, datamodule=datamodule)
-        (metrics,) = engine.test(model, datamodule=datamodule)
-        assert metrics["image_AUROC"] > 0.9
-        assert metrics["pixel_AUROC"] > 0.9
-
-
-def padim() -> Padim:
-    layers = ["blocks.2", "blocks.4"]
-    return Padim(backbone="tf_efficientnet_lite0", layers=layers, n_features=100, visualizer=False)
 
 
 def test_run_json_is_for_people_and_other_programs(manifest, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from anomalib_metarefine.curation import report
-from anomalib_metarefine.curation.decisions import read_decisions
+from anomalib_metarefine.curation.decisions import read
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.report import overlay, thumbnail, write_report
@@ -495,7 +495,7 @@ def test_decisions_come_down_as_the_csv_that_review_reads(page, tmp_path):
     assert list(table.columns) == ["sha256", "image_path", "decision"]
     assert dict(zip(table.image_path, table.decision, strict=True)) == wanted
     assert table.set_index("image_path").sha256[odd] == hashlib.sha256(odd.encode()).hexdigest()
-    assert len(read_decisions(tmp_path / "decisions.csv")) == len(wanted)
+    assert len(read(tmp_path / "decisions.csv")) == len(wanted)
 
 
 def test_prints_to_pdf_without_controls(page):

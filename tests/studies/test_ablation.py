@@ -3,8 +3,8 @@ import shutil
 import pandas as pd
 import pytest
 
-from studies import ablation
 from anomalib_metarefine.cli import main
+from studies import ablation
 
 START = {"meta_steps": 1, "episodes": 1, "batch_patches": 64}
 

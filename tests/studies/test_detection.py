@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from studies import detection
-from studies.detection import main, summarise
 from anomalib_metarefine.refinement import engine as fitting
 from anomalib_metarefine.refinement.posterior import estimate_contamination
+from studies import detection
+from studies.detection import main, summarise
 from tests.conftest import part
 
 pytestmark = pytest.mark.usefixtures("short_chains")

@@ -3,10 +3,10 @@ import pandas as pd
 import pytest
 import torch
 
-from studies import episodic
-from studies.episodic import aggregate, draw_supports, main, summarise, support_distances
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.features.store import FeatureStore
+from studies import episodic
+from studies.episodic import aggregate, draw_supports, main, summarise, support_distances
 
 
 def test_supports_have_their_size_and_are_different():

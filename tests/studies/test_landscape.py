@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from studies.landscape import Around, Landscape, loss_landscape
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.refinement.engine import FitSettings
+from studies.landscape import Around, Landscape, loss_landscape
 
 FILES = ["landscape.json", "landscape.png", "landscape.svg"]
 SMALL = ["--image-size", "96", "96", "--points", "5", "--directions", "3", "--patches", "256"]
