@@ -1,53 +1,279 @@
-"""Read every image file once: which can't be decoded, and what is in the others."""
+"""The one decoder: every image of a run goes through `read_image`, in training, curation and on the line.
+
+A file is read once, and its pixels and its SHA-256 come from the same bytes. What a file means:
+
+- **8 bits or fewer** (grey, palette, 1 bit, RGB, CMYK): exactly what anomalib's reader gives, divided by 255.
+- **Deeper unsigned integers** (16-bit PNG and TIFF): divided by the full scale of the file's depth, or of ``bit_depth``
+  where a camera uses fewer bits than the file holds.
+- **32-bit or signed integers**: no full scale is known, so they are refused without ``bit_depth``.
+- **Floating point**: taken as it is if it lies in [0, 1], refused otherwise.
+- **Transparency**: laid over black.
+- **Several pages**: the first; `ImageFile.pages` says how many there are.
+- **EXIF orientation**: applied, so that an image is upright as any viewer shows it.
+
+Only regular files are read, of at most 1 GiB. This module imports neither torch nor anomalib.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image
+
+from anomalib_metarefine.images.deep import SIXTEEN_BITS, TIFF, RefusedError, bits_per_channel, decode_deep, rgb_levels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of image files, in any case
+LARGEST_FILE = 2**30  # bytes
+
+_UPRIGHT = {  # by EXIF orientation
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
 
 
-class CheckedImages(NamedTuple):
+class UnreadableImageError(ValueError):
+    """A file that is there, but can't be taken as an image; the message names it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{name} can't be read as an image: {reason}")
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image, upright and in RGB.
+
+    Attributes:
+        levels (np.ndarray): ``[H x W x 3]``, levels of the file: uint8, uint16 or floating point.
+        white (float): The level of full scale: 255 for 8 bits, 65,535 for 16, 1 for floating point.
+        sha256 (str): Of the very bytes that were decoded, hex.
+        grey (bool): The file holds one channel (and perhaps a palette of greys or transparency).
+        turned (bool): The file lies on its side, and its EXIF tag says how to turn it.
+        pages (int): Of which this is the first.
+        misread (str | None): Why anomalib's reader gives other pixels; ``None`` if it gives the same.
+    """
+
+    levels: np.ndarray
+    white: float
+    sha256: str
+    grey: bool = False
+    turned: bool = False
+    pages: int = 1
+    misread: str | None = None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """``[H x W x 3]`` float32 in [0, 1]."""
+        if self.levels.dtype == np.uint8:  # as torch divides a tensor by a number, to the last bit
+            return self.levels * np.float32(1 / 255)
+        return self.levels.astype(np.float32) / np.float32(self.white)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all pixels have one colour."""
+        return bool((self.levels == self.levels[0, 0]).all())
+
+
+@dataclass(frozen=True)
+class CheckedImages:
     """What reading image files gave.
 
     Attributes:
         hashes (dict[str, str]): SHA-256 of the content of each readable file, by path.
         unreadable (dict[str, str]): Reason, by path, for each file that is empty, truncated or no image at all.
+        misread (dict[str, str]): Reason, by path, for each file of which anomalib's reader gives other pixels.
+        constant (list[str]): Paths of images of a single colour.
     """
 
-    hashes: dict[str, str]
-    unreadable: dict[str, str]
+    hashes: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    misread: dict[str, str] = field(default_factory=dict)
+    constant: list[str] = field(default_factory=list)
+
+
+def read_image(path: str | Path, bit_depth: int | None = None) -> ImageFile:
+    """Read and decode an image file.
+
+    Args:
+        path (str | Path): A regular file, or a link to one.
+        bit_depth (int | None): Bits in use of files with more than 8, such as 12; ``None`` takes those of the file.
+
+    Raises:
+        OSError: If the file can't be opened.
+        UnreadableImageError: If it is no regular file, too large, empty, damaged, no image, or of a kind whose full
+            scale is not known.
+        ValueError: If ``bit_depth`` is no whole number from 1 to 32.
+
+    Example:
+        >>> read_image("part.tif", bit_depth=12).pixels.max()  # doctest: +SKIP
+        0.97
+    """
+    return decode_image(read_bytes(path), str(path), bit_depth)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Content of a regular file of bounded size. Nothing else is read: a FIFO never ends, and neither does a device.
+
+    Raises:
+        OSError: If the file can't be opened.
+        UnreadableImageError: If it is no regular file, or larger than `LARGEST_FILE`.
+    """
+    with open(path, "rb", opener=_open_without_waiting) as file:  # `Path.open` takes no opener
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UnreadableImageError(str(path), "it is no regular file, but a device or a pipe")
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise UnreadableImageError(str(path), f"it is larger than {LARGEST_FILE / 2**20:g} MiB")
+    return content
+
+
+def decode_image(content: bytes, name: str = "The data", bit_depth: int | None = None) -> ImageFile:
+    """Decode the content of an image file; see `read_image`.
+
+    Args:
+        content (bytes): Of the file.
+        name (str): What messages call it.
+        bit_depth (int | None): Bits in use of files with more than 8.
+    """
+    check_bit_depth(bit_depth)
+    if not content:
+        raise UnreadableImageError(name, "the file is empty")
+    try:
+        return _decode(content, bit_depth)
+    except RefusedError as error:
+        raise UnreadableImageError(name, str(error)) from None
+    except Exception as error:  # decoders raise many kinds
+        reason = " ".join(str(error).split())
+        raise UnreadableImageError(name, f"{type(error).__name__}: {reason}") from error
+
+
+def header_size(path: str | Path) -> tuple[int, int] | None:
+    """Height and width of an upright image from its first bytes; ``None`` where there is no header to read."""
+    try:
+        if not Path(path).is_file():
+            return None
+        with Image.open(path) as image:
+            turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow has turned a TIFF's size already
+            return image.size if turned else image.size[::-1]
+    except Exception:  # the decoder says what is wrong
+        return None
+
+
+def check_bit_depth(bit_depth: int | None) -> None:
+    """Raise ValueError unless it is ``None`` or a whole number from 1 to 32."""
+    if bit_depth is not None and (isinstance(bit_depth, bool) or bit_depth not in range(1, 33)):
+        msg = f"bit_depth must be a whole number from 1 to 32, found {bit_depth!r}."
+        raise ValueError(msg)
+
+
+def misread_by_anomalib(path: str | Path) -> str | None:
+    """Why anomalib's own reader (Pillow, converted to 8-bit RGB) gives other pixels of this file than `read_image`.
+
+    Returns:
+        str | None: The reason, as the end of a sentence; ``None`` if the pixels are the same.
+
+    Raises:
+        OSError: If the file can't be opened.
+        UnreadableImageError: If it can't be decoded.
+    """
+    return read_image(path).misread
 
 
 def check_images(paths: Sequence[str | Path]) -> CheckedImages:
     """Decode every image once, before a training run trips over one."""
-    checked = CheckedImages({}, {})
+    checked = CheckedImages()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for path, (digest, reason) in zip(map(str, paths), pool.map(_check, paths), strict=True):
-            if reason is None:
-                checked.hashes[path] = digest
-            else:
-                checked.unreadable[path] = reason
+        for path, found in zip(map(str, paths), pool.map(_check, paths), strict=True):
+            if isinstance(found, str):
+                checked.unreadable[path] = found
+                continue
+            sha256, misread, constant = found
+            checked.hashes[path] = sha256
+            if misread:
+                checked.misread[path] = misread
+            if constant:
+                checked.constant.append(path)
     return checked
 
 
-def _check(path: str | Path) -> tuple[str, str | None]:
+def reason_of(error: Exception) -> str:
+    """Why a file can't be read, without its name."""
+    return error.reason if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}"
+
+
+def _check(path: str | Path) -> tuple[str, str | None, bool] | str:
     try:
-        content = Path(path).read_bytes()
-        if not content:
-            return "", "the file is empty"
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except Exception as error:
-        return "", f"{type(error).__name__}: {error}"
-    return hashlib.sha256(content).hexdigest(), None
+        image = read_image(path)
+    except (OSError, ValueError) as error:
+        return reason_of(error)
+    return image.sha256, image.misread, image.is_constant
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # To open a FIFO waits for a writer. Windows has no such flag, and no such files.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _decode(content: bytes, bit_depth: int | None) -> ImageFile:
+    sha256 = hashlib.sha256(content).hexdigest()
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except Image.UnidentifiedImageError:
+        if not content.startswith(TIFF):
+            raise
+        levels, white = rgb_levels(
+            decode_deep(content), 32, bit_depth
+        )  # floating point in colour: Pillow knows no such mode
+        return ImageFile(levels, white, sha256, misread="is a TIFF that Pillow can't open")
+    with opened as image:
+        bits = bits_per_channel(image, content)
+        turned = _orientation(image) > 1
+        pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # a camera's preview is no page
+        image.load()
+        left = _orientation(image)  # Pillow turns TIFF files while it loads them
+        misread = "is turned by its EXIF tag" if left > 1 else None
+        if bits > 8:
+            left = 1 if image.format == "TIFF" else left  # so does OpenCV
+            array = np.asarray(image) if image.mode in SIXTEEN_BITS else decode_deep(content)
+            levels, white = rgb_levels(array, bits, bit_depth)
+            grey, misread = array.ndim == 2, "has more than 8 bits per channel"
+        else:
+            grey, white = image.mode in ("1", "L", "LA"), 255
+            rgb = _without_transparency(image)
+            misread = misread or ("has transparent pixels" if rgb is not None else None)
+            levels = np.asarray(rgb or image.convert("RGB"))
+    return ImageFile(
+        np.ascontiguousarray(_UPRIGHT.get(left, lambda upright: upright)(levels)),
+        white, sha256, grey, turned, pages, misread,
+    )  # fmt: skip
+
+
+def _without_transparency(image: Image.Image) -> Image.Image | None:
+    """The image over black; ``None`` if it is opaque."""
+    if not image.has_transparency_data:
+        return None
+    layer = image.convert("RGBA")
+    if layer.getchannel("A").getextrema()[0] == 255:
+        return None
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in _UPRIGHT else 1
