@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from anomalib.data.utils import read_image
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_metarefine.features.backbone import Backbone, normalization
 from anomalib_metarefine.features.embedding import patch_embeddings
 from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.images.reading import ImageFile, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,35 +31,40 @@ def collect_features(
     batch_size: int,
     memory_limit_mb: float,
     on_images: Callable[[int], None],
+    read: Callable[[Path], ImageFile | None] = read_image,
 ) -> tuple[FeatureStore, tuple[int, int]]:
     """Read, resize and embed images, as `MetaRefine` does in training.
 
     Args:
-        paths (Sequence[Path]): Image files that can be read.
+        paths (Sequence[Path]): Image files.
         backbone (Backbone): Runs on a GPU where there is one.
         name (str): Its timm name, for the normalisation.
         image_size (tuple[int, int]): Height and width.
         batch_size (int): Images at a time.
         memory_limit_mb (float): See `FeatureStore`.
         on_images (Callable[[int], None]): Told how many images were done since it was last called.
+        read (Callable[[Path], ImageFile | None]): Reads a file, in one of several threads; ``None`` leaves it out.
 
     Returns:
         tuple[FeatureStore, tuple[int, int]]: Embeddings, and rows and columns of patches.
 
     Raises:
-        ValueError: If the features of no image are finite.
+        ValueError: If no image can be read, or the features of none are finite.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = backbone.to(device)
     mean, std = normalization(name)
     transform = Compose([Resize(image_size, antialias=True), Normalize(mean=list(mean), std=list(std))])
     store, grid = FeatureStore(memory_limit_mb), (0, 0)
-    for part, images in _batches(paths, transform, batch_size):
+    for part, images in _batches(paths, lambda path: _resized(read(path), transform), batch_size):
         maps = backbone(images.to(device))
         grid = tuple(maps[-1].shape[-2:])
         store.add([str(path) for path in part], patch_embeddings(maps))
         on_images(len(part))
     if len(store) == 0:
+        if not store.left_out:
+            msg = f"None of the {len(paths)} images can be read."
+            raise ValueError(msg)
         path, reason = next(iter(store.left_out.items()))
         msg = f"There is no image to learn from. The first is {path}: {reason}."
         raise ValueError(msg)
@@ -67,15 +72,37 @@ def collect_features(
 
 
 def _batches(
-    paths: Sequence[Path], transform: Compose, batch_size: int
-) -> Iterator[tuple[Sequence[Path], torch.Tensor]]:
-    parts = deque(paths[i : i + batch_size] for i in range(0, len(paths), batch_size))
+    paths: Sequence[Path], load: Callable[[Path], torch.Tensor | None], batch_size: int
+) -> Iterator[tuple[list[Path], torch.Tensor]]:
+    """Batches of the images that can be read; all are full but the last."""
+    part: list[tuple[Path, torch.Tensor]] = []
+    for path, image in _loaded(paths, load, _AHEAD * batch_size):
+        if image is not None:
+            part.append((path, image))
+        if len(part) == batch_size:
+            yield [path for path, _ in part], torch.stack([image for _, image in part])
+            part = []
+    if part:
+        yield [path for path, _ in part], torch.stack([image for _, image in part])
+
+
+def _loaded(
+    paths: Sequence[Path], load: Callable[[Path], torch.Tensor | None], ahead: int
+) -> Iterator[tuple[Path, torch.Tensor | None]]:
+    """In order, with at most ``ahead`` images loaded before they are asked for."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         waiting: deque = deque()
-        while parts or waiting:
-            while parts and len(waiting) < _AHEAD:
-                part = parts.popleft()
-                read = [pool.submit(lambda path: transform(read_image(path, as_tensor=True)), path) for path in part]
-                waiting.append((part, read))
-            part, read = waiting.popleft()
-            yield part, torch.stack([image.result() for image in read])
+        try:
+            for path in paths:
+                waiting.append((path, pool.submit(load, path)))
+                if len(waiting) > ahead:
+                    first, loading = waiting.popleft()
+                    yield first, loading.result()
+            for path, loading in waiting:
+                yield path, loading.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # an error in one image must not wait for the others
+
+
+def _resized(image: ImageFile | None, transform: Compose) -> torch.Tensor | None:
+    return None if image is None else transform(torch.from_numpy(image.pixels).permute(2, 0, 1))

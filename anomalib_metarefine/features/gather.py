@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +15,8 @@ import numpy as np
 from anomalib_metarefine import __version__
 from anomalib_metarefine.features.extract import collect_features
 from anomalib_metarefine.features.resize import suggested_size
-from anomalib_metarefine.images.quality import ImageFacts, inspect_images
+from anomalib_metarefine.images.quality import Descriptor, ImageFacts, describe_file, judge
+from anomalib_metarefine.images.reading import ImageFile, check_bit_depth, header_size
 from anomalib_metarefine.images.sources import EXTENSIONS, Source, read_source
 
 if TYPE_CHECKING:
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from anomalib_metarefine.features.store import FeatureStore
 
 
+logger = logging.getLogger(__name__)
+
+
 class Gathered(NamedTuple):
     """Images and their features.
 
@@ -36,7 +43,7 @@ class Gathered(NamedTuple):
         image_size (tuple[int, int]): Height and width that they were resized to.
         store (FeatureStore): Their embeddings.
         grid (tuple[int, int]): Rows and columns of patches.
-        seconds (dict[str, float]): What reading and features took.
+        seconds (dict[str, float]): What features took, and what looking for duplicates and bad pictures.
     """
 
     source: Source
@@ -59,8 +66,9 @@ def gather(
     image_size: tuple[int, int] | None = None,
     batch_size: int = 32,
     memory_limit_mb: float = 2048,
+    bit_depth: int | None = None,
 ) -> Gathered:
-    """Read images, look at each, and embed those that can be read.
+    """Look at images and embed those that can be read; each file is read and decoded once.
 
     Args:
         data (str | Path | AnomalibDataModule | Iterable[str | Path]): See `read_source`.
@@ -73,30 +81,39 @@ def gather(
             area of 256 x 256 pixels.
         batch_size (int): Images at a time in the backbone.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
+        bit_depth (int | None): Bits in use of files with more than 8; ``None`` takes those of the file.
 
     Returns:
         Gathered: Images and features.
 
     Raises:
         FileNotFoundError: If there are no such data.
-        ValueError: If no image can be read.
+        ValueError: If no image can be read, or none shows anything.
     """
+    check_bit_depth(bit_depth)
     source = read_source(data, root, extensions)
     begin = time.perf_counter()
-    task = bars.add_task("reading images", total=len(source.paths))
-    facts = inspect_images(source.paths, source.names, lambda: bars.advance(task))
+    size = image_size or _usual_size(source.paths)
+    described: dict[Path, Descriptor] = {}
+    task = bars.add_task("features", total=len(source.paths))
+
+    def read(path: Path) -> ImageFile | None:
+        described[path], image = describe_file(path, bit_depth)
+        bars.advance(task)
+        return image
+
+    try:
+        store, grid = collect_features(
+            source.paths, backbone, name, size, batch_size, memory_limit_mb, lambda _count: None, read
+        )
+    except ValueError:
+        _check_any(list(described.items()))
+        raise
+    embedded = time.perf_counter()
+    facts = judge(source.paths, source.names, [described[path] for path in source.paths])
     readable = [i for i, fact in enumerate(facts) if fact.unreadable is None]
-    if not readable:
-        msg = f"None of the {len(facts)} images can be read. The first is {facts[0].path} ({facts[0].unreadable})."
-        raise ValueError(msg)
-    read = time.perf_counter()
-    size = image_size or _usual_size([facts[i] for i in readable])
-    task = bars.add_task("features", total=len(readable))
-    paths = [source.paths[i] for i in readable]
-    store, grid = collect_features(
-        paths, backbone, name, size, batch_size, memory_limit_mb, lambda count: bars.advance(task, count)
-    )
-    seconds = {"reading": read - begin, "features": time.perf_counter() - read}
+    _check_contents([facts[i] for i in readable])
+    seconds = {"features": embedded - begin, "quality": time.perf_counter() - embedded}
     return Gathered(source, facts, readable, size, store, grid, seconds)
 
 
@@ -110,6 +127,27 @@ def versions() -> dict[str, str]:
     }
 
 
-def _usual_size(facts: list[ImageFacts]) -> tuple[int, int]:
+def _check_any(described: list[tuple[Path, Descriptor]]) -> None:
+    if all(image.unreadable is not None for _, image in described):
+        path, image = min(described)
+        msg = f"None of the {len(described)} images can be read. The first is {path} ({image.unreadable})."
+        raise ValueError(msg)
+
+
+def _check_contents(facts: list[ImageFacts]) -> None:
+    """Refuse a folder without pictures, and say aloud what changes the scores of all."""
+    if all("blank" in fact.findings for fact in facts):
+        msg = f"All {len(facts)} images are blank: each has a single colour. The first is {facts[0].path}. "
+        raise ValueError(msg + "Check the camera's lens cap and light, and the bit depth (--bit-depth).")
+    shallow = [finding for fact in facts for finding in fact.findings if finding.startswith("uses ")]
+    if shallow:
+        logger.warning(
+            "%d images are darker than they need be: each %s. Pass that depth (--bit-depth).", len(shallow), shallow[0]
+        )
+
+
+def _usual_size(paths: Sequence[Path]) -> tuple[int, int]:
     """A size of the shape of most images."""
-    return suggested_size(float(np.median([fact.height / fact.width for fact in facts])), 1.0)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        sizes = [size for size in pool.map(header_size, paths) if size]
+    return suggested_size(float(np.median([height / width for height, width in sizes])) if sizes else 1.0, 1.0)

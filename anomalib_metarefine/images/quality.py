@@ -1,7 +1,7 @@
 """What is wrong with the pictures themselves: unreadable, blank, blurred, badly exposed, or there twice.
 
-One decoding pass over the folder keeps a small descriptor per image (some numbers and a thumbnail of 16 KB); the
-findings are then made from the descriptors. Images of one production line all look alike, and what is sharp or bright
+`describe` keeps a small descriptor of a decoded image (some numbers and a thumbnail of 16 KB), `judge` makes the
+findings from the descriptors of a folder. Images of one production line all look alike, and what is sharp or bright
 for one line is not for another: except for what is truly black, white or flat, an image is judged against the others.
 
 References:
@@ -10,8 +10,6 @@ References:
 
 from __future__ import annotations
 
-import hashlib
-import io
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from anomalib_metarefine.images.duplicates import THUMBNAIL, first_of_exact_copies, first_of_near_copies, thumbnail
+from anomalib_metarefine.images.reading import ImageFile, read_image, reason_of
 from anomalib_metarefine.robust import lower_side_scale
 
 if TYPE_CHECKING:
@@ -50,7 +49,8 @@ class ImageFacts:
         width (int): Pixels; 0 if unreadable.
         height (int): Pixels; 0 if unreadable.
         findings (tuple[str, ...]): ``"exact duplicate of <name>"``, ``"near duplicate of <name>"``, ``"blank"``,
-            ``"blurred"``, ``"over-exposed"``, ``"under-exposed"``.
+            ``"blurred"``, ``"over-exposed"``, ``"under-exposed"``, ``"the first of <count> pages"``,
+            ``"uses <bits> of <depth> bits"``, and where others lie upright, ``"turned by its EXIF tag"``.
     """
 
     path: str
@@ -62,15 +62,18 @@ class ImageFacts:
 
 
 @dataclass
-class _Descriptor:
-    """One decoded image in a few numbers. Levels are in units of the file until `_to_grey_levels`."""
+class Descriptor:
+    """One decoded image in a few numbers. Levels are of 255 or, of deep images, of 65,535."""
 
     sha256: str = ""
     unreadable: str | None = None
     width: int = 0
     height: int = 0
-    deep: bool = False  # more than 8 bits per pixel, of which the file doesn't say how many are used
-    levels: np.ndarray | None = None  # [6]: mean, 1st, 99th percentile, standard deviation, minimum, maximum
+    deep: bool = False  # more than 8 bits per channel
+    most: float = 0.0  # the highest level in units of the file, where nobody said how many bits are used
+    turned: bool = False  # by EXIF
+    pages: int = 1
+    levels: np.ndarray | None = None  # [4]: mean, 1st, 99th percentile, standard deviation
     clipped: float = 0.0  # share of pixels at 250 of 255 or above
     blur: float = 0.0  # blur effect, 0 sharp to 1
     thumbnail: np.ndarray | None = None  # [64 x 64]
@@ -80,6 +83,7 @@ def inspect_images(
     paths: Sequence[str | Path],
     names: Sequence[str] | None = None,
     on_image: Callable[[], None] | None = None,
+    bit_depth: int | None = None,
 ) -> list[ImageFacts]:
     """Decode every image once and say what is wrong with it.
 
@@ -91,6 +95,7 @@ def inspect_images(
         names (Sequence[str] | None): What findings call them, one per path; ``None`` takes the paths. The first of a
             group of duplicates is the first by name, and carries no finding of duplication itself.
         on_image (Callable[[], None] | None): Called once per finished image.
+        bit_depth (int | None): See `read_image`.
 
     Returns:
         list[ImageFacts]: In the order of ``paths``.
@@ -102,17 +107,32 @@ def inspect_images(
     if len(names) != len(paths):
         msg = f"Found {len(names)} names for {len(paths)} paths. Pass one name per path, or none."
         raise ValueError(msg)
-    thumbnails = np.zeros((len(paths), THUMBNAIL, THUMBNAIL), np.float32)
     images = []
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for row, image in enumerate(pool.map(_describe, paths)):
-            if image.thumbnail is not None:
-                thumbnails[row] = image.thumbnail
-                image.thumbnail = None
+        for image in pool.map(lambda path: describe_file(path, bit_depth)[0], paths):
             images.append(image)
             if on_image is not None:
                 on_image()
-    _to_grey_levels(images, thumbnails)
+    return judge(paths, names, images)
+
+
+def judge(paths: Sequence[str | Path], names: Sequence[str], images: Sequence[Descriptor]) -> list[ImageFacts]:
+    """Findings of a folder.
+
+    Args:
+        paths (Sequence[str | Path]): Of ``N`` images.
+        names (Sequence[str]): What findings call them.
+        images (Sequence[Descriptor]): Of `describe_file`; deep ones are changed to levels of 255.
+
+    Returns:
+        list[ImageFacts]: One an image.
+    """
+    thumbnails = np.zeros((len(images), THUMBNAIL, THUMBNAIL), np.float32)
+    for row, image in enumerate(images):
+        if image.thumbnail is not None:
+            thumbnails[row] = image.thumbnail
+            image.thumbnail = None
+    shallow = _to_grey_levels(images, thumbnails)
 
     findings: list[list[str]] = [[] for _ in images]
     readable = [row for row in sorted(range(len(images)), key=names.__getitem__) if images[row].unreadable is None]
@@ -129,6 +149,14 @@ def inspect_images(
     for kind, flags in _photographic([images[row] for row in readable], blank).items():
         for position in np.flatnonzero(flags):
             findings[readable[position]].append(kind)
+    some_lie_upright = any(not images[row].turned for row in readable)
+    for row in readable:
+        if images[row].turned and some_lie_upright:
+            findings[row].append("turned by its EXIF tag")
+        if images[row].pages > 1:
+            findings[row].append(f"the first of {images[row].pages} pages")
+        if images[row].most and shallow:
+            findings[row].append(f"uses {shallow} of 16 bits")
     return [
         ImageFacts(str(path), image.sha256, image.unreadable, image.width, image.height, tuple(found))
         for path, image, found in zip(paths, images, findings, strict=True)
@@ -161,65 +189,65 @@ def blur_effect(grey: np.ndarray, window: int = 11) -> float:
     return float(np.max(1 - lost[edges > 0] / edges[edges > 0], initial=0.0))
 
 
-def _describe(path: str | Path) -> _Descriptor:
-    image = _Descriptor()
+def describe_file(path: str | Path, bit_depth: int | None = None) -> tuple[Descriptor, ImageFile | None]:
+    """Read an image file and describe it; there is no image if it can't be read."""
     try:
-        content = Path(path).read_bytes()
-        image.sha256 = hashlib.sha256(content).hexdigest()
-        if not content:
-            image.unreadable = "the file is empty"
-            return image
-        grey = _decode(content)
-    except Exception as error:  # whatever a decoder raises for a broken file
-        image.unreadable = f"{type(error).__name__}: {error}"
-        return image
-    image.height, image.width = grey.shape
-    image.deep = grey.dtype == np.uint16
-    bins = 2**16 if image.deep else 2**8
+        image = read_image(path, bit_depth)
+    except (OSError, ValueError) as error:
+        return Descriptor(sha256=getattr(error, "sha256", ""), unreadable=reason_of(error)), None
+    return describe(image, bit_depth), image
+
+
+def describe(image: ImageFile, bit_depth: int | None = None) -> Descriptor:
+    """An image in a few numbers, and a thumbnail of its luminance."""
+    deep = image.levels.dtype != np.uint8
+    if deep:
+        grey = cv2.cvtColor((image.pixels * (2**16 - 1)).round().astype(np.uint16), cv2.COLOR_RGB2GRAY)
+    else:
+        grey = np.asarray(Image.fromarray(image.levels).convert("L"))
+    bins = 2**16 if deep else 2**8
     counts = cv2.calcHist([grey], [0], None, [bins], [0, bins]).ravel().astype(np.float64)
     share = counts / counts.sum()
     values, cumulated = np.arange(bins), np.cumsum(share)
     mean = share @ values
-    used = np.flatnonzero(counts)
-    image.levels = np.array(
-        [mean, *np.searchsorted(cumulated, [0.01, 0.99]), np.sqrt(share @ (values - mean) ** 2), used[0], used[-1]]
+    quantiles = np.searchsorted(cumulated, [0.01, 0.99])
+    return Descriptor(
+        sha256=image.sha256,
+        height=grey.shape[0],
+        width=grey.shape[1],
+        deep=deep,
+        most=float(image.levels.max()) if image.levels.dtype == np.uint16 and bit_depth is None else 0.0,
+        turned=image.turned,
+        pages=image.pages,
+        levels=np.array([mean, *quantiles, np.sqrt(share @ (values - mean) ** 2)]),
+        # Deep files are rarely clipped at the end of their range; the other criteria of over-exposure are theirs.
+        clipped=0.0 if deep else float(share[250:].sum()),
+        blur=blur_effect(grey),
+        thumbnail=thumbnail(grey),
     )
-    # Deep files are rarely clipped at the end of their range; the other criteria of over-exposure are theirs.
-    image.clipped = 0.0 if image.deep else float(share[250:].sum())
-    image.blur = blur_effect(grey)
-    image.thumbnail = thumbnail(grey)
-    return image
 
 
-def _decode(content: bytes) -> np.ndarray:
-    """Luminance ``[H x W]`` as uint8, or as uint16 where the file has more than 8 bits."""
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        if image.mode != "F" and not image.mode.startswith("I"):
-            return np.asarray(image.convert("L"))
-        pixels = np.asarray(image)
-    if pixels.dtype.kind == "f" and pixels.max(initial=0) <= 1:  # floating-point files hold 0..1 or counts
-        pixels = pixels * (2**16 - 1)
-    return np.clip(pixels, 0, 2**16 - 1).astype(np.uint16)
-
-
-def _to_grey_levels(images: list[_Descriptor], thumbnails: np.ndarray) -> None:
+def _to_grey_levels(images: Sequence[Descriptor], thumbnails: np.ndarray) -> int | None:
     """Bring levels and thumbnails of deep images to 0..255, in place.
 
     A 12-bit camera writes 16-bit files that use a sixteenth of the range: the depth is the smallest usual one that
     holds the brightest pixel of the folder.
+
+    Returns:
+        int | None: That depth, where it is not the files'.
     """
-    deep = [row for row, image in enumerate(images) if image.deep]
-    if not deep:
-        return
-    brightest = max(images[row].levels[5] for row in deep)
-    full = next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
-    for row in deep:
-        images[row].levels = images[row].levels * (255 / full)
-        thumbnails[row] *= 255 / full
+    brightest = max((image.most for image in images), default=0.0)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if brightest < 2**bits)
+    bits = bits if brightest else 16
+    for row, image in enumerate(images):
+        if image.deep:
+            scale = 255 / (2 ** (bits if image.most else 16) - 1)
+            image.levels = image.levels * scale
+            thumbnails[row] *= scale
+    return bits if bits < 16 else None
 
 
-def _blank(images: list[_Descriptor], thumbnails: np.ndarray) -> np.ndarray:
+def _blank(images: list[Descriptor], thumbnails: np.ndarray) -> np.ndarray:
     """Flat to within rounding, or without any structure past noise where the folder's other images have some."""
     if not images:
         return np.zeros(0, bool)
@@ -230,7 +258,7 @@ def _blank(images: list[_Descriptor], thumbnails: np.ndarray) -> np.ndarray:
     return flat
 
 
-def _photographic(images: list[_Descriptor], blank: np.ndarray) -> dict[str, np.ndarray]:
+def _photographic(images: list[Descriptor], blank: np.ndarray) -> dict[str, np.ndarray]:
     """Flags ``[N]`` of each photographic finding."""
     if not images:
         return {}

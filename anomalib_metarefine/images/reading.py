@@ -48,10 +48,15 @@ _UPRIGHT = {  # by EXIF orientation
 
 
 class UnreadableImageError(ValueError):
-    """A file that is there, but can't be taken as an image; the message names it."""
+    """A file that is there, but can't be taken as an image; the message names it.
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.reason = reason
+    Attributes:
+        reason (str): Why, without its name.
+        sha256 (str): Of its content; empty if that was not read.
+    """
+
+    def __init__(self, name: str, reason: str, sha256: str = "") -> None:
+        self.reason, self.sha256 = reason, sha256
         super().__init__(f"{name} can't be read as an image: {reason}")
 
 
@@ -152,15 +157,16 @@ def decode_image(content: bytes, name: str = "The data", bit_depth: int | None =
         bit_depth (int | None): Bits in use of files with more than 8.
     """
     check_bit_depth(bit_depth)
+    sha256 = hashlib.sha256(content).hexdigest()
     if not content:
-        raise UnreadableImageError(name, "the file is empty")
+        raise UnreadableImageError(name, "the file is empty", sha256)
     try:
-        return _decode(content, bit_depth)
+        return _decode(content, sha256, bit_depth)
     except RefusedError as error:
-        raise UnreadableImageError(name, str(error)) from None
+        raise UnreadableImageError(name, str(error), sha256) from None
     except Exception as error:  # decoders raise many kinds
         reason = " ".join(str(error).split())
-        raise UnreadableImageError(name, f"{type(error).__name__}: {reason}") from error
+        raise UnreadableImageError(name, f"{type(error).__name__}: {reason}", sha256) from error
 
 
 def header_size(path: str | Path) -> tuple[int, int] | None:
@@ -230,8 +236,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _decode(content: bytes, bit_depth: int | None) -> ImageFile:
-    sha256 = hashlib.sha256(content).hexdigest()
+def _decode(content: bytes, sha256: str, bit_depth: int | None) -> ImageFile:
     try:
         opened = Image.open(io.BytesIO(content))
     except Image.UnidentifiedImageError:
@@ -247,7 +252,8 @@ def _decode(content: bytes, bit_depth: int | None) -> ImageFile:
         pages = getattr(image, "n_frames", 1) if image.format != "MPO" else 1  # a camera's preview is no page
         image.load()
         left = _orientation(image)  # Pillow turns TIFF files while it loads them
-        misread = "is turned by its EXIF tag" if left > 1 else None
+        # Whether it turns them for anomalib too depends on what is read of the file before.
+        misread = "is turned by its EXIF tag" if turned else None
         if bits > 8:
             left = 1 if image.format == "TIFF" else left  # so does OpenCV
             array = np.asarray(image) if image.mode in SIXTEEN_BITS else decode_deep(content)

@@ -49,7 +49,7 @@ def read_source(
     root: str | Path | None = None,
     extensions: Sequence[str] = EXTENSIONS,
 ) -> Source:
-    """List the training images.
+    """List the training images, each once.
 
     Args:
         data (str | Path | AnomalibDataModule | Iterable[str | Path]): One of
@@ -67,11 +67,9 @@ def read_source(
         extensions (Sequence[str]): File names to look for in a folder, in any case. Files that a table or a datamodule
             names are taken as they are.
 
-    Returns:
-        Source: Paths named twice are listed once, with a warning.
-
     Raises:
         FileNotFoundError: If there are no images, or files are missing.
+        PermissionError: If a folder can't be read.
         ModuleNotFoundError: If a Parquet file is given and pyarrow is not installed.
         ValueError: If the table has no ``image_path``, the config is unusable, or images lie outside ``root``.
     """
@@ -157,11 +155,11 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  (`resolve` follows links)
 
 
-def some(items: Sequence[str], limit: int = 5) -> str:
+def listing(items: Sequence[str], limit: int = 5) -> str:
     """The first few of a list, for a message.
 
     Example:
-        >>> some(["a", "b", "c"], limit=2)
+        >>> listing(["a", "b", "c"], limit=2)
         'a, b and 1 more'
     """
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
@@ -171,11 +169,12 @@ def some(items: Sequence[str], limit: int = 5) -> str:
 def _images_under(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
     wanted = tuple(f".{extension.lstrip('.')}".lower() for extension in extensions)
     seen: set[str] = set()
+    closed: list[OSError] = []
     found = False
     waiting = [folder]
     # Real folders first, then those that links lead to: a folder reached both ways goes by its real name.
     while waiting:
-        for directory, subfolders, files in os.walk(waiting.pop(0)):
+        for directory, subfolders, files in os.walk(waiting.pop(0), onerror=closed.append):
             real = os.path.realpath(directory)
             if real in seen:
                 subfolders.clear()
@@ -187,6 +186,11 @@ def _images_under(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
                 if not name.startswith(".") and name.lower().endswith(wanted):
                     found = True
                     yield Path(directory, name)
+    if closed:  # a part of the images that nobody misses would be worse than none
+        reasons = listing([f"{error.filename} ({error.strerror})" for error in closed])
+        msg = f"{len(closed)} folders under {folder} can't be read: {reasons}. "
+        msg += "Make them readable, or pass a table of paths."
+        raise PermissionError(msg)
     if not found:
         msg = f"No images under {folder} (looked for {', '.join(wanted)}). Pass --extensions or check the path."
         raise FileNotFoundError(msg)
@@ -195,7 +199,7 @@ def _images_under(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
 def _from_table(file: Path, root: str | Path | None) -> Source:
     table = read_table(file)
     if "image_path" not in table:
-        msg = f"{file} has no column image_path; found {some(list(table.columns))}. Rename the column with the paths."
+        msg = f"{file} has no column image_path; found {listing(list(table.columns))}. Rename that with the paths."
         raise ValueError(msg)
     base = absolute(root) if root else _root_of_manifest(file) or file.parent
     listed = [str(path) for path in table.image_path.fillna("")]
@@ -239,31 +243,33 @@ def _source(paths: list[Path], root: str | Path | None, name: str, origin: str, 
     listed = [absolute(path) for path in paths]
     missing = [path for path in listed if not os.path.lexists(path)]
     if missing:
-        msg = f"{len(missing)} of {len(listed)} images in {origin} do not exist: {some(missing)}. {hint}"
+        msg = f"{len(missing)} of {len(listed)} images in {origin} do not exist: {listing(missing)}. {hint}"
         raise FileNotFoundError(msg.strip())
     unique = sorted(set(listed), key=Path.as_posix)
     if len(unique) < len(listed):
         logger.warning(
             "%d images are named more than once in %s; each is taken once.", len(listed) - len(unique), origin
         )
-    garbled = [repr(str(path)) for path in unique if not _is_text(path)]
+    garbled = [repr(str(path)) for path in unique if not _is_line(path)]
     if garbled:
-        msg = f"{len(garbled)} file names in {origin} are no valid text: {some(garbled)}. Rename the files."
+        msg = f"{len(garbled)} file names in {origin} are no valid text, or have line breaks: {listing(garbled)}. "
+        msg += "Rename the files."
         raise ValueError(msg)
     base = absolute(root) if root else Path(os.path.commonpath([path.parent for path in unique]))
     outside = [path for path in unique if not path.is_relative_to(base)]
     if outside:
-        msg = f"{len(outside)} of {len(unique)} images in {origin} lie outside the root {base}: {some(outside)}."
+        msg = f"{len(outside)} of {len(unique)} images in {origin} lie outside the root {base}: {listing(outside)}."
         raise ValueError(msg)
     return Source(base, unique, name)
 
 
-def _is_text(path: Path) -> bool:
+def _is_line(path: Path) -> bool:
+    """Whether a table of lines can hold the name."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return not any(character in str(path) for character in "\r\n")
 
 
 def _either(suffixes: tuple[str, ...]) -> str:
