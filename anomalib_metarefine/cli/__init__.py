@@ -8,11 +8,12 @@ import warnings
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.cli.benchmark import BENCHMARK
+from anomalib_metarefine.cli.convert import CONVERT
 from anomalib_metarefine.cli.curation import CURATION
 from anomalib_metarefine.cli.deployment import DEPLOYMENT
 from anomalib_metarefine.cli.meta import META
 
-_COMMANDS = CURATION | DEPLOYMENT | BENCHMARK | META
+_COMMANDS = CURATION | CONVERT | DEPLOYMENT | BENCHMARK | META
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
+from anomalib_metarefine.images.reading import read_bytes, turned_upright
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -158,17 +160,20 @@ class _Small(NamedTuple):
 
 
 def read_pixels(path: Path) -> np.ndarray:
-    """An image as it is in its file, ``[H x W]`` or ``[H x W x C]`` with blue first, of any depth.
+    """An image upright, else as it is in its file, ``[H x W]`` or ``[H x W x C]`` with blue first, of any depth.
+
+    Not through `read_image`: a copy is to have the channels and levels of its original.
 
     Raises:
         OSError: If it can't be read.
+        UnreadableImageError: If it is no regular file, or too large.
     """
-    # Not imread, which knows no file names outside of the system's code page.
-    image = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    content = read_bytes(path)
+    image = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None:
         msg = f"{path} can't be decoded. Expected a PNG, JPEG, BMP, TIFF or WebP file."
         raise OSError(msg)
-    return image
+    return turned_upright(image, content)
 
 
 def encoded(image: np.ndarray, suffix: str) -> bytes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 
 if TYPE_CHECKING:
     from anomalib_metarefine.curation.evidence import Evidence
@@ -148,7 +148,7 @@ def thumbnail(path: Path | BinaryIO) -> Image.Image:
     """A small 8-bit picture of any image file.
 
     Deep images (16-bit, float) are stretched between their 0.5 and 99.5 percentiles, transparent ones laid on mid-grey.
-    EXIF rotation is ignored because the detector ignores it: the anomaly map must fit. Every thumbnail has about
+    Turned upright by EXIF, as the detector sees it: the anomaly map must fit. Every thumbnail has about
     the area of a square of 256 pixels, so that very wide images stay legible; none is enlarged.
 
     Args:
@@ -175,7 +175,7 @@ def thumbnail(path: Path | BinaryIO) -> Image.Image:
             image = image.convert("RGBA")
         elif image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        image = ImageOps.exif_transpose(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0))
     if image.mode == "RGBA":
         backdrop = Image.new("RGBA", size, (128, 128, 128, 255))
         image = Image.alpha_composite(backdrop, image).convert("RGB")

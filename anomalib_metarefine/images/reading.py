@@ -111,6 +111,16 @@ class CheckedImages:
     misread: dict[str, str] = field(default_factory=dict)
     constant: list[str] = field(default_factory=list)
 
+    def require_as_trained(self, count: int) -> None:
+        """Raise ValueError if anomalib's datamodules would hand on other pixels, or all images are a single colour."""
+        if self.misread:
+            path, reason = next(iter(self.misread.items()))
+            msg = f"anomalib's datamodules would misread {len(self.misread)} of {count} training images: {path} {reason}. "
+            raise ValueError(msg + "Run `metarefine convert DATA --to DIR` and train on its 8-bit upright copies.")
+        if self.hashes and len(self.constant) == len(self.hashes):
+            msg = f"All {count} training images have a single colour. The first is {self.constant[0]}. "
+            raise ValueError(msg + "Check the camera's lens cap and light.")
+
 
 def read_image(path: str | Path, bit_depth: int | None = None) -> ImageFile:
     """Read and decode an image file.
@@ -149,13 +159,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def decode_image(content: bytes, name: str = "The data", bit_depth: int | None = None) -> ImageFile:
-    """Decode the content of an image file; see `read_image`.
-
-    Args:
-        content (bytes): Of the file.
-        name (str): What messages call it.
-        bit_depth (int | None): Bits in use of files with more than 8.
-    """
+    """Decode the content of an image file that messages call ``name``; see `read_image`."""
     check_bit_depth(bit_depth)
     sha256 = hashlib.sha256(content).hexdigest()
     if not content:
@@ -181,6 +185,14 @@ def header_size(path: str | Path) -> tuple[int, int] | None:
         return None
 
 
+def turned_upright(levels: np.ndarray, content: bytes) -> np.ndarray:
+    """What OpenCV decoded of a file, upright: it leaves files of all formats but TIFF as they lie."""
+    if content.startswith(TIFF):
+        return levels
+    with Image.open(io.BytesIO(content)) as image:
+        return _turn(levels, _orientation(image))
+
+
 def check_bit_depth(bit_depth: int | None) -> None:
     """Raise ValueError unless it is ``None`` or a whole number from 1 to 32."""
     if bit_depth is not None and (isinstance(bit_depth, bool) or bit_depth not in range(1, 33)):
@@ -189,14 +201,9 @@ def check_bit_depth(bit_depth: int | None) -> None:
 
 
 def misread_by_anomalib(path: str | Path) -> str | None:
-    """Why anomalib's own reader (Pillow, converted to 8-bit RGB) gives other pixels of this file than `read_image`.
+    """Why anomalib's own reader (Pillow, converted to 8-bit RGB) gives other pixels of a file; ``None`` if the same.
 
-    Returns:
-        str | None: The reason, as the end of a sentence; ``None`` if the pixels are the same.
-
-    Raises:
-        OSError: If the file can't be opened.
-        UnreadableImageError: If it can't be decoded.
+    Raises what `read_image` raises.
     """
     return read_image(path).misread
 
@@ -265,7 +272,7 @@ def _decode(content: bytes, sha256: str, bit_depth: int | None) -> ImageFile:
             misread = misread or ("has transparent pixels" if rgb is not None else None)
             levels = np.asarray(rgb or image.convert("RGB"))
     return ImageFile(
-        np.ascontiguousarray(_UPRIGHT.get(left, lambda upright: upright)(levels)),
+        _turn(levels, left),
         white, sha256, grey, turned, pages, misread,
     )  # fmt: skip
 
@@ -278,6 +285,10 @@ def _without_transparency(image: Image.Image) -> Image.Image | None:
     if layer.getchannel("A").getextrema()[0] == 255:
         return None
     return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("RGB")
+
+
+def _turn(levels: np.ndarray, orientation: int) -> np.ndarray:
+    return np.ascontiguousarray(_UPRIGHT[orientation](levels)) if orientation > 1 else levels
 
 
 def _orientation(image: Image.Image) -> int:

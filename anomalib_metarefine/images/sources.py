@@ -252,8 +252,7 @@ def _source(paths: list[Path], root: str | Path | None, name: str, origin: str, 
         )
     garbled = [repr(str(path)) for path in unique if not _is_line(path)]
     if garbled:
-        msg = f"{len(garbled)} file names in {origin} are no valid text, or have line breaks: {listing(garbled)}. "
-        msg += "Rename the files."
+        msg = f"{len(garbled)} file names in {origin} are no line of text: {listing(garbled)}. Rename the files."
         raise ValueError(msg)
     base = absolute(root) if root else Path(os.path.commonpath([path.parent for path in unique]))
     outside = [path for path in unique if not path.is_relative_to(base)]

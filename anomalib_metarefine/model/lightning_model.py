@@ -171,7 +171,9 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         if not paths:
             msg = f"{datamodule.name} has no training images. Check its path and its split settings."
             raise ValueError(msg)
-        self._hashes, self._unreadable = check_images(paths)
+        checked = check_images(paths)
+        checked.require_as_trained(len(paths))
+        self._hashes, self._unreadable = checked.hashes, checked.unreadable
         if len(self._unreadable) == len(paths):
             first, reason = next(iter(self._unreadable.items()))
             msg = f"None of the {len(paths)} training images can be read. The first is {first} ({reason})."

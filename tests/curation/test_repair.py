@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 from scipy import ndimage
 
 from anomalib_metarefine.curation.repair import Repairer, encoded, read_pixels, regions
@@ -199,3 +200,12 @@ def test_regions_are_apart_and_cover_what_is_unusual(unusual):
     for region, ring in found:
         assert not (ring & unusual).any()
         assert ring.any() or region.all()
+
+
+def test_files_that_lie_on_their_side_are_repaired_upright(tmp_path):
+    exif, upright = Image.Exif(), scene(100, seed=1).astype(np.uint8)
+    exif[274] = 6
+    for suffix in (".jpg", ".png", ".tif", ".webp"):
+        path = tmp_path / f"turned{suffix}"
+        Image.fromarray(np.rot90(upright)).save(path, exif=exif, quality=100)
+        assert np.abs(read_pixels(path).astype(int).reshape(*SIZE, -1) - upright[..., None]).mean() < 3

@@ -1,10 +1,16 @@
+import hashlib
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from anomalib_metarefine.features.backbone import Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
+from anomalib_metarefine.images import reading
 from anomalib_metarefine.progress import progress_bars
 from tests.conftest import part
 
@@ -45,7 +51,7 @@ def test_images_that_can_be_read_are_embedded_and_all_are_looked_at(root, backbo
     assert found.facts[names.index("copy.png")].findings == ("exact duplicate of a.png",)
     assert found.facts[names.index("empty.png")].unreadable
     assert (found.image_size, found.grid, found.store.shape) == ((64, 96), (4, 6), (24, 152))
-    assert found.seconds.keys() == {"reading", "features"}
+    assert found.seconds.keys() == {"features", "quality"}
     assert min(found.seconds.values()) > 0
 
 
@@ -86,3 +92,79 @@ def test_versions_are_those_of_this_machine():
 
     assert versions()["torch"] == torch.__version__.split("+")[0] or versions()["torch"] == torch.__version__
     assert {"python", "anomalib", "anomalib-metarefine", "timm", "numpy"} < versions().keys()
+
+
+def test_every_file_is_read_and_decoded_once(root, backbone, monkeypatch):
+    reads, decodes = Counter(), Counter()
+    read, decode = reading.read_bytes, reading._decode
+    monkeypatch.setattr(reading, "read_bytes", lambda path: reads.update([Path(path).name]) or read(path))
+    monkeypatch.setattr(reading, "_decode", lambda content, *rest: decodes.update([rest[0]]) or decode(content, *rest))
+    names = [Path(path).name for path in gathered(root, backbone, image_size=None).source.names]
+    assert reads == Counter(names)
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in root.rglob("*.png") if path.stat().st_size]
+    assert decodes == Counter(contents)
+
+
+def test_features_are_of_the_bytes_that_were_hashed(root, backbone, monkeypatch):
+    """A file is replaced right after it is read."""
+    first, read = root / "a.png", reading.read_bytes
+    before = hashlib.sha256(first.read_bytes()).hexdigest()
+    expected = gathered(root, backbone).store.images()
+
+    def replacing(path):
+        content = read(path)
+        part(np.random.default_rng(1), (64, 128), defect=True).save(path)
+        return content
+
+    monkeypatch.setattr(reading, "read_bytes", replacing)
+    found = gathered(root, backbone)
+    assert found.facts[0].sha256 == before
+    assert torch.equal(found.store.images(), expected)
+
+
+def test_a_file_that_vanishes_is_unreadable_and_the_run_goes_on(root, backbone, monkeypatch):
+    read = reading.read_bytes
+
+    def vanishing(path):
+        if Path(path).name == "b.png":
+            Path(path).unlink()
+        return read(path)
+
+    monkeypatch.setattr(reading, "read_bytes", vanishing)
+    found = gathered(root, backbone)
+    gone = found.facts[found.source.names.index("b.png")]
+    assert gone.unreadable.startswith("FileNotFoundError")
+    assert "b.png" in gone.unreadable
+    assert len(found.readable) == 4
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "12 in 16 bits", "turned"])
+def test_the_same_picture_in_another_file_has_the_same_features(root, backbone, kind):
+    expected = gathered(root, backbone).store.images()
+    for path in root.rglob("*.png"):
+        try:
+            grey = np.asarray(Image.open(path))
+        except OSError:
+            continue
+        if kind == "turned":
+            exif = Image.Exif()
+            exif[274] = 6
+            Image.fromarray(np.rot90(grey)).save(path, exif=exif)
+        else:
+            Image.fromarray((grey / 255 * (65535 if kind == "16 bits" else 4095)).round().astype(np.uint16)).save(path)
+    found = gathered(root, backbone, bit_depth=12 if kind == "12 in 16 bits" else None)
+    torch.testing.assert_close(found.store.images(), expected, rtol=0.02, atol=0.02)
+
+
+def test_unused_bits_are_said_aloud(root, backbone, caplog):
+    for path in [root / "empty.png", root / "aa.png"]:
+        Image.fromarray((np.asarray(Image.open(root / "a.png")) * 16).astype(np.uint16) + 1).save(path)
+    gathered(root, backbone)
+    assert "2 images are darker than they need be: each uses 12 of 16 bits. Pass that depth" in caplog.text
+
+
+def test_a_folder_of_blank_images_is_an_error(tmp_path, backbone):
+    for level in (3, 90):
+        Image.new("L", (64, 96), level).save(tmp_path / f"{level}.png")
+    with pytest.raises(ValueError, match=r"All 2 images are blank: each has a single colour\. The first is .*3\.png"):
+        gathered(tmp_path, backbone)

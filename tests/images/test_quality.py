@@ -169,8 +169,33 @@ def test_twelve_bits_in_sixteen_are_not_dark(folder):
         Image.fromarray(grey_of(path).astype(np.uint16) * 16).save(paths[-1])
     dark = save(grey_of(folder[0]).astype(np.uint16) * 2, folder[0].with_name("dark.tif"))
     found = findings_of([*paths[1:], dark])
-    assert found.pop("dark.tif") == ("under-exposed",)
-    assert set(found.values()) == {()}
+    assert found.pop("dark.tif") == ("under-exposed", "uses 12 of 16 bits")
+    assert set(found.values()) == {("uses 12 of 16 bits",)}
+    facts = inspect_images([*paths[1:], dark], bit_depth=12)
+    assert facts[-1].findings == ("under-exposed",)
+    assert {fact.findings for fact in facts[:-1]} == {()}
+
+
+def turn(path):
+    """The same picture in a file that lies on its side."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.rot90(grey_of(path))).save(path, exif=exif)
+
+
+def test_some_files_turned_by_exif_are_told_and_all_are_not(folder):
+    for path in folder[:2]:
+        turn(path)
+    found = findings_of(folder)
+    assert found["00.png"] == found["01.png"] == ("turned by its EXIF tag",)
+    assert Counter(found.values())[()] == len(folder) - 2
+    assert set(findings_of(folder[:2]).values()) == {()}
+
+
+def test_several_pages_are_told(folder):
+    pages = [Image.fromarray(grey_of(path)) for path in folder[:3]]
+    pages[0].save(folder[0].with_suffix(".tif"), save_all=True, append_images=pages[1:])
+    assert findings_of([*folder[1:], folder[0].with_suffix(".tif")])["00.tif"] == ("the first of 3 pages",)
 
 
 def test_one_call_per_image_also_for_unreadable_ones(folder):

@@ -58,7 +58,27 @@ class TestFolder:
 
     def test_names_that_are_no_text(self, tmp_path):
         os.close(os.open(os.fsencode(tmp_path) + b"/\xff.png", os.O_CREAT))
-        with pytest.raises(ValueError, match=r"1 file names in .* are no valid text: .*udcff.png.*Rename"):
+        with pytest.raises(ValueError, match=r"1 file names in .* are no line of text: .*udcff.png.*Rename"):
+            read_source(tmp_path)
+
+    @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+    @pytest.mark.parametrize("name", ["carriage\rreturn.png", "new\nline.png"])
+    def test_names_that_break_a_table(self, tmp_path, name):
+        touch(tmp_path, name, "good.png")
+        with pytest.raises(ValueError, match=r"1 file names in .* are no line of text: .*\\[rn].*Rename"):
+            read_source(tmp_path)
+
+    def test_a_folder_that_can_t_be_read_is_said(self, tmp_path, monkeypatch):
+        touch(tmp_path, "a.png", "locked/b.png")
+        listed = os.scandir
+
+        def denied(path):  # for root, no folder is closed
+            if str(path).endswith("locked"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return listed(path)
+
+        monkeypatch.setattr(os, "scandir", denied)
+        with pytest.raises(PermissionError, match=r"1 folders under .*locked \(Permission denied\)\. Make them"):
             read_source(tmp_path)
 
 

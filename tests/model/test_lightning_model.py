@@ -136,6 +136,36 @@ def test_nothing_readable(parts, tmp_path):
         trained(folder(parts), tmp_path)
 
 
+def deepen(path):
+    Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(path)
+
+
+def turn(path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.open(path).save(path, exif=exif)
+
+
+def make_transparent(path):
+    image = Image.open(path).convert("RGBA")
+    image.putalpha(100)
+    image.save(path)
+
+
+@pytest.mark.parametrize("change", [deepen, turn, make_transparent])
+def test_images_that_anomalib_misreads_are_refused(parts, tmp_path, change):
+    change(parts / "train/good/003.png")
+    with pytest.raises(ValueError, match=r"misread 1 of 24 training images: .*003\.png .*`metarefine convert DATA"):
+        trained(folder(parts), tmp_path)
+
+
+def test_a_folder_of_constant_images_is_refused(parts, tmp_path):
+    for level, path in enumerate((parts / "train/good").iterdir()):
+        Image.new("L", (96, 96), level).save(path)
+    with pytest.raises(ValueError, match="All 24 training images have a single colour"):
+        trained(folder(parts), tmp_path)
+
+
 def test_mixed_sizes_and_channels(parts, tmp_path):
     good = parts / "train/good"
     Image.open(good / "000.png").resize((50, 130)).save(good / "000.png")
