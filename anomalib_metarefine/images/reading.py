@@ -115,7 +115,7 @@ class CheckedImages:
         """Raise ValueError if anomalib's datamodules would hand on other pixels, or all images are a single colour."""
         if self.misread:
             path, reason = next(iter(self.misread.items()))
-            msg = f"anomalib's datamodules would misread {len(self.misread)} of {count} training images: {path} {reason}. "
+            msg = f"anomalib would misread {len(self.misread)} of {count} training images: {path} {reason}. "
             raise ValueError(msg + "Run `metarefine convert DATA --to DIR` and train on its 8-bit upright copies.")
         if self.hashes and len(self.constant) == len(self.hashes):
             msg = f"All {count} training images have a single colour. The first is {self.constant[0]}. "

@@ -1,5 +1,4 @@
 import hashlib
-import os
 
 import numpy as np
 import pytest
@@ -50,7 +49,7 @@ def test_nothing_is_overwritten(deep, tmp_path):
     (tmp_path / "out" / "a.png").write_text("mine")
     with pytest.raises(FileExistsError, match=r"1 files exist already: .*a\.png"):
         convert(deep, tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["a.png"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
     with pytest.raises(ValueError, match="lies among the images"):
         convert(deep, deep / "out")
     Image.fromarray(RAMP).save(deep / "a.png")
