@@ -106,13 +106,14 @@ def gather(
         store, grid = collect_features(
             source.paths, backbone, name, size, batch_size, memory_limit_mb, lambda _count: None, read
         )
-    except ValueError:
-        _check_any(list(described.items()))
+    except ValueError as error:
+        _check_any_readable(source.paths, described, error)
         raise
     embedded = time.perf_counter()
     facts = judge(source.paths, source.names, [described[path] for path in source.paths])
     readable = [i for i, fact in enumerate(facts) if fact.unreadable is None]
     _check_contents([facts[i] for i in readable])
+    _warn_of_other_readers(described)
     seconds = {"features": embedded - begin, "quality": time.perf_counter() - embedded}
     return Gathered(source, facts, readable, size, store, grid, seconds)
 
@@ -127,17 +128,28 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_any(described: list[tuple[Path, Descriptor]]) -> None:
-    if all(image.unreadable is not None for _, image in described):
-        path, image = min(described)
-        msg = f"None of the {len(described)} images can be read. The first is {path} ({image.unreadable})."
-        raise ValueError(msg)
+def _check_any_readable(paths: Sequence[Path], described: dict[Path, Descriptor], error: ValueError) -> None:
+    if all(path in described and described[path].unreadable is not None for path in paths):
+        msg = (
+            f"None of the {len(paths)} images can be read. The first is {paths[0]} ({described[paths[0]].unreadable})."
+        )
+        raise ValueError(msg) from error
+
+
+def _warn_of_other_readers(described: dict[Path, Descriptor]) -> None:
+    misread = {path: image.misread for path, image in described.items() if image.misread}
+    if misread:
+        path, reason = min(misread.items())
+        logger.warning(
+            "anomalib's datamodules would misread %d of the images: %s %s. They are read right here; to train on them, "
+            "make copies: metarefine convert DATA --to DIR.", len(misread), path, reason,
+        )  # fmt: skip
 
 
 def _check_contents(facts: list[ImageFacts]) -> None:
     """Refuse a folder without pictures, and say aloud what changes the scores of all."""
     if all("blank" in fact.findings for fact in facts):
-        msg = f"All {len(facts)} images are blank: each has a single colour. The first is {facts[0].path}. "
+        msg = f"All {len(facts)} images are blank: each is of a single colour. The first is {facts[0].path}. "
         raise ValueError(msg + "Check the camera's lens cap and light, and the bit depth (--bit-depth).")
     shallow = [finding for fact in facts for finding in fact.findings if finding.startswith("uses ")]
     if shallow:

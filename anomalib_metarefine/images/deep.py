@@ -69,7 +69,7 @@ def rgb_levels(array: np.ndarray, bits: int, bit_depth: int | None) -> tuple[np.
         levels = array.astype(np.uint16 if white < 2**16 else np.float64)
     if levels.ndim == 2:
         return np.repeat(levels[..., None], 3, axis=2), white
-    if levels.shape[2] == 4:  # the least a type can hold of opaque is that of the file, whatever the camera uses
+    if levels.shape[2] == 4:  # opaque is the highest level of the type, whatever bits the camera uses
         full = np.iinfo(array.dtype).max if array.dtype.kind in "iu" else 1.0
         levels = (levels[..., :3] * (array[..., 3:] / full)).astype(levels.dtype)
     return levels, white

@@ -50,7 +50,7 @@ class ImageFacts:
         height (int): Pixels; 0 if unreadable.
         findings (tuple[str, ...]): ``"exact duplicate of <name>"``, ``"near duplicate of <name>"``, ``"blank"``,
             ``"blurred"``, ``"over-exposed"``, ``"under-exposed"``, ``"the first of <count> pages"``,
-            ``"uses <bits> of <depth> bits"``, and where others lie upright, ``"turned by its EXIF tag"``.
+            ``"uses <bits> of 16 bits"``, and where others lie upright, ``"turned by its EXIF tag"``.
     """
 
     path: str
@@ -72,6 +72,7 @@ class Descriptor:
     deep: bool = False  # more than 8 bits per channel
     most: float = 0.0  # the highest level in units of the file, where nobody said how many bits are used
     turned: bool = False  # by EXIF
+    misread: str | None = None  # by anomalib's reader, and why
     pages: int = 1
     levels: np.ndarray | None = None  # [4]: mean, 1st, 99th percentile, standard deviation
     clipped: float = 0.0  # share of pixels at 250 of 255 or above
@@ -216,7 +217,8 @@ def describe(image: ImageFile, bit_depth: int | None = None) -> Descriptor:
         height=grey.shape[0],
         width=grey.shape[1],
         deep=deep,
-        most=float(image.levels.max()) if image.levels.dtype == np.uint16 and bit_depth is None else 0.0,
+        most=float(image.levels.max()) if image.white == 2**16 - 1 and bit_depth is None else 0.0,
+        misread=image.misread,
         turned=image.turned,
         pages=image.pages,
         levels=np.array([mean, *quantiles, np.sqrt(share @ (values - mean) ** 2)]),

@@ -68,7 +68,7 @@ class ImageFile:
         levels (np.ndarray): ``[H x W x 3]``, levels of the file: uint8, uint16 or floating point.
         white (float): The level of full scale: 255 for 8 bits, 65,535 for 16, 1 for floating point.
         sha256 (str): Of the very bytes that were decoded, hex.
-        grey (bool): The file holds one channel (and perhaps a palette of greys or transparency).
+        grey (bool): The file holds one channel, and perhaps transparency.
         turned (bool): The file lies on its side, and its EXIF tag says how to turn it.
         pages (int): Of which this is the first.
         misread (str | None): Why anomalib's reader gives other pixels; ``None`` if it gives the same.
@@ -249,9 +249,7 @@ def _decode(content: bytes, sha256: str, bit_depth: int | None) -> ImageFile:
     except Image.UnidentifiedImageError:
         if not content.startswith(TIFF):
             raise
-        levels, white = rgb_levels(
-            decode_deep(content), 32, bit_depth
-        )  # floating point in colour: Pillow knows no such mode
+        levels, white = rgb_levels(decode_deep(content), 32, bit_depth)  # no mode of Pillow is so deep
         return ImageFile(levels, white, sha256, misread="is a TIFF that Pillow can't open")
     with opened as image:
         bits = bits_per_channel(image, content)
@@ -271,10 +269,7 @@ def _decode(content: bytes, sha256: str, bit_depth: int | None) -> ImageFile:
             rgb = _without_transparency(image)
             misread = misread or ("has transparent pixels" if rgb is not None else None)
             levels = np.asarray(rgb or image.convert("RGB"))
-    return ImageFile(
-        _turn(levels, left),
-        white, sha256, grey, turned, pages, misread,
-    )  # fmt: skip
+    return ImageFile(_turn(levels, left), white, sha256, grey, turned, pages, misread)
 
 
 def _without_transparency(image: Image.Image) -> Image.Image | None:

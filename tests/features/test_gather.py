@@ -161,10 +161,12 @@ def test_unused_bits_are_said_aloud(root, backbone, caplog):
         Image.fromarray(np.asarray(Image.open(root / "a.png")).astype(np.uint16) * 16).save(path)
     gathered(root, backbone)
     assert "2 images are darker than they need be: each uses 12 of 16 bits. Pass that depth" in caplog.text
+    assert "anomalib's datamodules would misread 2 of the images" in caplog.text
+    assert "aa.png has more than 8 bits per channel" in caplog.text
 
 
 def test_a_folder_of_blank_images_is_an_error(tmp_path, backbone):
     for level in (3, 90):
         Image.new("L", (64, 96), level).save(tmp_path / f"{level}.png")
-    with pytest.raises(ValueError, match=r"All 2 images are blank: each has a single colour\. The first is .*3\.png"):
+    with pytest.raises(ValueError, match=r"All 2 images are blank: each is of a single colour\. The first is .*3\.png"):
         gathered(tmp_path, backbone)
