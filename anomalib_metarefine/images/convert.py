@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,7 +74,7 @@ def convert(
             Image.fromarray(pixels).save(file, "PNG")
         return None
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         reasons = list(pool.map(write, range(len(targets))))
     return Converted(
         [target for target, reason in zip(targets, reasons, strict=True) if reason is None],
