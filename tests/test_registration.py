@@ -91,7 +91,9 @@ def test_an_odd_plugin_is_a_warning(plugins):
         "assert anomalib.models.MetaRefine\n",
         PYTHONPATH=os.pathsep.join([str(plugins), os.environ.get("PYTHONPATH", "")]),
     )
-    assert out.strip() == str(sorted(f"'{n}'" for n in ("Exits", "Missing", "Module", "NoName", "Number", "Stops")))
+    # Others may be left out too, in an environment with broken plugins of its own.
+    for name in ("Exits", "Missing", "Module", "NoName", "Number", "Stops"):
+        assert f"'{name}'" in out
 
 
 @pytest.mark.parametrize("error", ["SystemExit(3)", "ValueError('no')", "BaseException()"])
