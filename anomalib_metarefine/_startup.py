@@ -54,29 +54,75 @@ def register(group):
 
     A model is set as ``anomalib.models.<name>`` and the package it comes from is added to anomalib's
     ``ALLOWED_MODULES``, so that ``class_path`` works in either spelling; a datamodule is set as
-    ``anomalib.data.<name>``. A plugin that fails to import is reported as a warning and left out: anomalib
-    itself must keep working.
+    ``anomalib.data.<name>``. A plugin that can't be loaded, or is no class, is reported as a warning and left
+    out: anomalib itself must keep working. A plugin whose package is being imported right now can't be loaded
+    yet; it is registered when something is first read from the anomalib module after that import.
 
     Args:
         group (str): ``"anomalib.models"`` or ``"anomalib.data"``.
     """
-    import warnings
     from importlib.metadata import entry_points
 
     host = sys.modules[group]
+    waiting = []
     for point in entry_points(group=group):
-        try:
-            plugin = point.load()
-        except Exception as error:
-            warnings.warn(
-                f"anomalib plugin {point.name!r} ({point.value}) could not be loaded and is left out: {error!r}. "
-                "Fix or uninstall its package, or set ANOMALIB_PLUGINS=off.",
-                stacklevel=2,
-            )
-            continue
-        setattr(host, point.name, plugin)
-        if hasattr(host, "ALLOWED_MODULES"):
-            host.ALLOWED_MODULES |= {plugin.__module__, plugin.__module__.partition(".")[0]}
+        if _being_imported(point):
+            waiting.append(point)
+        else:
+            _register_one(host, point)
+    if waiting:
+        _register_later(host, waiting)
+
+
+def _register_one(host, point):
+    """Load one entry point and make it known, or warn."""
+    import warnings
+
+    try:
+        plugin = point.load()
+        if not isinstance(plugin, type):
+            raise TypeError(f"expected a class, found {plugin!r}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: a plugin must not end the program of somebody else
+        warnings.warn(
+            f"anomalib plugin {point.name!r} ({point.value}) could not be loaded and is left out: {error!r}. "
+            "Fix or uninstall its package, or set ANOMALIB_PLUGINS=off.",
+            stacklevel=2,
+        )
+        return
+    setattr(host, point.name, plugin)
+    if hasattr(host, "ALLOWED_MODULES"):
+        host.ALLOWED_MODULES |= {plugin.__module__, plugin.__module__.partition(".")[0]}
+
+
+def _being_imported(point):
+    """Whether any module of the package of ``point`` is half executed."""
+    package = point.value.partition(":")[0].strip().partition(".")[0]
+    return any(
+        getattr(getattr(module, "__spec__", None), "_initializing", False)
+        for name, module in list(sys.modules.items())
+        if name == package or name.startswith(package + ".")
+    )
+
+
+def _register_later(host, waiting):
+    """Register ``waiting`` at the first read from ``host`` that finds their packages complete."""
+    plain = type(host)
+
+    class Waiting(plain):
+        def __getattribute__(self, name):
+            # The import system reads names such as __spec__ and __path__ in the middle of an import.
+            if not name.startswith("__"):
+                ready = [point for point in waiting if not _being_imported(point)]
+                waiting[:] = [point for point in waiting if point not in ready]
+                for point in ready:  # out of the list first: loading them reads from the host again
+                    _register_one(self, point)
+                if not waiting and type(self) is Waiting:
+                    self.__class__ = plain
+            return plain.__getattribute__(self, name)
+
+    host.__class__ = Waiting
 
 
 def register_all():

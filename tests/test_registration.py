@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
@@ -64,39 +64,79 @@ def test_environment_variable_switches_it_off():
     )
 
 
-def test_a_broken_plugin_is_a_warning(tmp_path):
-    info = tmp_path / "broken_plugin-1.0.dist-info"
+@pytest.fixture
+def plugins(tmp_path):
+    """A folder with a distribution whose entry points are odd in every way that we know."""
+    info = tmp_path / "odd_plugin-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[anomalib.models]\nBroken = no_such_module:Broken\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: odd-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[anomalib.models]\nMissing = no_such_module:Missing\nModule = odd_module\nExits = odd_exit:Exits\n"
+        "Stops = odd_stop:Stops\nNumber = odd_module:NUMBER\nNoName = odd_module:NoName\n"
+    )
+    (tmp_path / "odd_module.py").write_text("NUMBER = 3\n")
+    (tmp_path / "odd_exit.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "odd_stop.py").write_text("class Stop(BaseException): pass\nraise Stop\n")
+    return tmp_path
+
+
+def test_an_odd_plugin_is_a_warning(plugins):
     out = python(
         "import warnings\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"
         "    import anomalib.models\n"
-        "print([str(w.message) for w in caught if 'Broken' in str(w.message)])\n"
+        "told = [str(w.message) for w in caught if 'left out' in str(w.message)]\n"
+        "print(sorted(message.split()[2] for message in told))\n"
         "assert anomalib.models.MetaRefine\n",
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=os.pathsep.join([str(plugins), os.environ.get("PYTHONPATH", "")]),
     )
-    assert "could not be loaded and is left out" in out
+    # Others may be left out too, in an environment with broken plugins of its own.
+    for name in ("Exits", "Missing", "Module", "NoName", "Number", "Stops"):
+        assert f"'{name}'" in out
 
 
-def test_start_up_imports_nothing_heavy():
+@pytest.mark.parametrize("error", ["SystemExit(3)", "ValueError('no')", "BaseException()"])
+def test_a_hook_that_fails_leaves_python_as_it_is(tmp_path, error):
+    line = (Path(__file__).parents[1] / "anomalib_metarefine_plugins.pth").read_text()
+    (tmp_path / "hook.pth").write_text(line)
+    (tmp_path / "anomalib_metarefine").mkdir()
+    (tmp_path / "anomalib_metarefine" / "__init__.py").touch()
+    (tmp_path / "anomalib_metarefine" / "_startup.py").write_text(f"print('tried')\nraise {error}\n")
+    code = f"import sys, site; sys.path.insert(0, {str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r}); print('on')"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={k: v for k, v in os.environ.items() if k != "ANOMALIB_PLUGINS"},
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["tried", "on"], "")
+
+
+def test_start_up_imports_nothing_but_the_hook():
+    names = "import sys; print(*sys.modules)"
+    added = set(python(names).split()) - set(python(names, ANOMALIB_PLUGINS="off").split())
+    assert added == {"anomalib_metarefine", "anomalib_metarefine._startup"}
+
+
+def test_a_plugin_that_imports_its_host_first(plugins):
+    """Half imported when the hook meets it; on a stand-in for anomalib, which is enough for this and quick."""
+    for room in ("models", "data"):
+        (plugins / "anomalib" / room).mkdir(parents=True)
+        (plugins / "anomalib" / room / "__init__.py").write_text("ALLOWED_MODULES = {'anomalib'}\n")
+    (plugins / "late_plugin.py").write_text("from anomalib import models\nclass Late: pass\n")
+    with (plugins / "odd_plugin-1.0.dist-info" / "entry_points.txt").open("a") as points:
+        points.write("Late = late_plugin:Late\n")
+    package = Path(__file__).parents[1]
     out = python(
-        "import sys; print(len(sys.modules), sorted(m for m in sys.modules if 'anomalib' in m or m == 'typing'))"
+        f"import sys; sys.path[:0] = [{str(plugins)!r}, {str(package)!r}]\n"
+        "import late_plugin, anomalib.models as host\n"
+        "assert host.Late is late_plugin.Late\n"
+        "assert 'late_plugin' in host.ALLOWED_MODULES\n"
+        "print(type(host).__name__)\n"
     )
-    assert out.split(maxsplit=1)[1].strip() == "['anomalib_metarefine', 'anomalib_metarefine._startup']"
-
-
-def test_start_up_costs_under_five_milliseconds():
-    def seconds(**environment: str) -> float:
-        begin = time.perf_counter()
-        python("pass", **environment)
-        return time.perf_counter() - begin
-
-    pairs = [(seconds(), seconds(ANOMALIB_PLUGINS="off")) for _ in range(15)]
-    # The fastest of each: what else the machine does only ever adds.
-    assert min(on for on, _ in pairs) - min(off for _, off in pairs) < 0.005
+    assert out.split() == ["module"]
 
 
 def test_help_is_quick_and_imports_no_torch():
@@ -105,4 +145,18 @@ def test_help_is_quick_and_imports_no_torch():
         "from anomalib_metarefine.cli import build_parser\n"
         "build_parser().format_help()\n"
         "assert 'torch' not in sys.modules\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "first", ["anomalib_metarefine.model.lightning_model", "anomalib_metarefine.data.contamination"]
+)
+def test_whichever_of_our_modules_comes_first(first):
+    python(
+        f"import {first}\n"
+        "from anomalib.models import list_models\n"
+        "import anomalib.data\n"
+        "assert 'meta_refine' in list_models()\n"
+        "assert anomalib.data.ELPV.__module__.startswith('anomalib_metarefine')\n"
+        "assert type(anomalib.models).__name__ == type(anomalib.data).__name__ == 'module'\n"
     )

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import timm
 import torch
 
+from anomalib_metarefine.compat import set_pretrained_weights
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -62,11 +64,7 @@ def use_offline_weights() -> None:
         >>> use_offline_weights()
         >>> _ = timm.create_model("tf_efficientnet_lite0", pretrained=True)
     """
-    # timm has no public call that changes the configuration of a registered architecture.
-    from timm.models._registry import _model_pretrained_cfgs
-
-    for name in (OFFLINE_BACKBONE, f"{OFFLINE_BACKBONE}.in1k"):
-        _model_pretrained_cfgs[name].state_dict = offline_state_dict()
+    set_pretrained_weights((OFFLINE_BACKBONE, f"{OFFLINE_BACKBONE}.in1k"), offline_state_dict())
     logger.info("timm loads the pretrained weights of %s from the installed package.", OFFLINE_BACKBONE)
 
 
