@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from joblib import Parallel, delayed
 
 from anomalib_metarefine.benchmark.table import Key, ResultTable, Row, label
 
@@ -184,6 +185,42 @@ def plan(config: BenchConfig, data: DataSet) -> Iterator[tuple[Dirt, list[tuple[
             for training in entry.trainings
         ]
         yield Dirt(*way, share, seed), cells
+
+
+def run(
+    config: BenchConfig, path: Path, jobs: int = 1, retry: bool = False, curator: Curator = curated_images
+) -> Iterator[Row | LeftOut]:
+    """Every cell that is not in the result file yet.
+
+    Args:
+        config (BenchConfig): The grid.
+        path (Path): The result file; its folder must exist.
+        jobs (int): Processes, of a data set each.
+        retry (bool): Try cells again that could not be run before.
+        curator (Curator): Stands behind `curated_images`.
+
+    Yields:
+        Row | LeftOut: Every new row once it is in the file, with several processes once its data set is done; or a data
+            set that can't be had, and why.
+    """
+    table = ResultTable(path)  # once, before many open it
+    jobs = min(jobs, len(config.data))
+    if jobs < 2:
+        for data in config.data:
+            yield from run_data_set(config, data, table, 1, retry, curator)
+        return
+    work = (delayed(_all_cells)(config, data, path, jobs, retry, curator) for data in config.data)
+    for rows in Parallel(jobs, return_as="generator_unordered")(work):
+        yield from rows
+
+
+def _all_cells(
+    config: BenchConfig, data: DataSet, path: Path, jobs: int, retry: bool, curator: Curator
+) -> list[Row | LeftOut]:
+    from anomalib_metarefine.benchmark.training import quiet
+
+    quiet()
+    return list(run_data_set(config, data, ResultTable(path), jobs, retry, curator))
 
 
 def run_data_set(

@@ -19,7 +19,6 @@ from anomalib.engine import Engine
 from anomalib.models.components import MemoryBankMixin
 from lightning import LightningModule, seed_everything
 
-from anomalib_metarefine.benchmark.coreset import quick_coreset
 from anomalib_metarefine.benchmark.images import MemoisedData
 from anomalib_metarefine.benchmark.memory import PeakMemory
 from anomalib_metarefine.benchmark.models import build, without_shortcuts
@@ -105,7 +104,7 @@ def train_and_test(
         LightningModule.on_validation_start,
         MemoryBankMixin.on_validation_start,
     )
-    with tempfile.TemporaryDirectory(prefix="metarefine-bench-") as folder, quick_coreset():
+    with tempfile.TemporaryDirectory(prefix="metarefine-bench-") as folder:
         engine = Engine(
             default_root_dir=folder,
             logger=False,
@@ -173,7 +172,7 @@ def _images_per_second(model: AnomalibModule, paths: Sequence[str]) -> float:
     return 1 / median(seconds[_WARM_UP:])
 
 
-def hush() -> None:
+def quiet() -> None:
     """Keep hundreds of trainings from printing what anomalib and Lightning say about each."""
     for name in ("anomalib", "lightning", "lightning.pytorch", "lightning_fabric", "timm"):
         logging.getLogger(name).setLevel(logging.ERROR)
