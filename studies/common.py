@@ -88,12 +88,13 @@ def new_fitter(
 
 def add_grid(parser: argparse.ArgumentParser, contamination: Sequence[float]) -> None:
     """The arguments of studies that go through dirty training sets."""
-    parser.add_argument("--out", type=Path, required=True, help="CSV that rows are added to; finished ones stay")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="CSV that rows are added to; finished ones stay")
     parser.add_argument(
         "--data", nargs="+", required=True, metavar="WHERE[@HxW][:IMAGES][:NAME]", help="elpv-mono, say"
     )
-    parser.add_argument("--contamination", type=float, nargs="+", default=contamination, help="shares of dirty images")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training set for each")
+    add("--contamination", type=float, nargs="+", default=contamination, help="shares of dirty images")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a training set for each")
 
 
 def finished(out: Path, key: list[str]) -> set[tuple]:

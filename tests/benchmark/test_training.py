@@ -10,18 +10,18 @@ from PIL import Image
 
 from anomalib_metarefine.benchmark.memo import Memo
 from anomalib_metarefine.benchmark.models import ModelSpec, build
-from anomalib_metarefine.benchmark.training import hush, train_and_test
+from anomalib_metarefine.benchmark.training import quiet, train_and_test
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from tests.conftest import folder
 
 SIZE = (64, 96)
 SHARED = (OFFLINE_BACKBONE, ["blocks.2", "blocks.4"])
-OURS = "anomalib_metarefine.benchmark"
+OURS = "studies.baselines"
 SPECS = [
     ModelSpec("MetaRefine", "MetaRefine", {"meta_steps": 2, "dimensions": 16, "rule": "share:0.1"}, batch_size=8),
     ModelSpec("PaDiM", "Padim", {"n_features": 10}, batch_size=8),
     ModelSpec("DFM", "Dfm", batch_size=8),
-    ModelSpec("PatchCore", "Patchcore", {"coreset_sampling_ratio": 0.02}, batch_size=8),
+    ModelSpec("PatchCore", f"{OURS}.patchcore.QuickPatchcore", {"coreset_sampling_ratio": 0.02}, batch_size=8),
     ModelSpec("SoftPatch", f"{OURS}.softpatch.SoftPatch", {"coreset_sampling_ratio": 0.02}, batch_size=8),
     ModelSpec(
         "FastFlow",
@@ -61,7 +61,7 @@ def found_by(figures):
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_memoised_equals_plain(spec, parts, tmp_path, monkeypatch):
-    hush()
+    quiet()
     datamodule, train, test = table(parts)
     expected = plain(spec, datamodule, 3, monkeypatch, tmp_path)
     memo = Memo()

@@ -76,11 +76,9 @@ def _ours(raw: pd.DataFrame, figure: Mapping[str, Any], data_set: Mapping[str, A
     same = raw[(raw.data == name) & near & raw.model.isin(models)]
     wide = common_cells(same, IMAGE_AUROC.column, ["model"])
     if wide.empty:
-        command = f"metarefine bench {data_set['config']} --root {name}=DIR" if data_set["config"] else ""
-        return {
-            HERE: "",
-            REFINED: notes.mark("", f"To be filled by `{command}`, with this share in the file." if command else ""),
-        }
+        command = f"`metarefine bench {data_set['config']} --root {name}=DIR`"
+        note = f"To be filled by {command}, with this share in the file." if data_set["config"] else ""
+        return {HERE: "", REFINED: notes.mark("", note)}
     average = macro_average(wide)
     categories = len(wide.reset_index()[CELL[:2]].drop_duplicates())
     few = categories < data_set["categories"]
