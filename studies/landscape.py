@@ -161,7 +161,7 @@ def loss_landscape(
     Returns:
         Landscape: Numbers and figure.
     """
-    with progress_bars() as bars:
+    with progress_bars(enabled=True) as bars:
         gathered = gather(data, Backbone(OFFLINE_BACKBONE), OFFLINE_BACKBONE, bars, image_size=image_size)
     fitter = new_fitter((gathered.store, gathered.grid), seed, **settings)
     steps = np.linspace(-radius, radius, points)

@@ -10,38 +10,6 @@ from anomalib_metarefine.cli.command import Command
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
-
-    from anomalib_metarefine.refinement.engine import FitSettings
-
-
-def _settings(texts: Sequence[str]) -> FitSettings:
-    """``NAME=VALUE`` as settings, each of the type of its default.
-
-    Raises:
-        ValueError: If there is no such setting, its value is of another type, or names what does not exist.
-    """
-    from anomalib_metarefine.meta.maml import get_learner
-    from anomalib_metarefine.meta.training import check_algorithm
-    from anomalib_metarefine.refinement.engine import FitSettings
-
-    defaults = vars(FitSettings())
-    chosen = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        if name not in defaults:
-            msg = f"--settings is written as NAME=VALUE with a name of {', '.join(defaults)}; found {text!r}."
-            raise ValueError(msg)
-        kind = type(defaults[name])
-        try:
-            chosen[name] = kind(value)
-        except ValueError as error:
-            msg = f"--settings {name} is of type {kind.__name__} (default {defaults[name]}), found {value!r}."
-            raise ValueError(msg) from error
-    settings = FitSettings(**chosen)
-    check_algorithm(settings.meta_algorithm)  # now, not after a pass over the images
-    get_learner(settings.meta_backend)
-    return settings
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,15 +29,19 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from anomalib_metarefine.meta.maml import get_learner
     from anomalib_metarefine.model.initialisation import learn_shared
+    from anomalib_metarefine.settings import parse_settings
 
     if options.out.is_dir():
         msg = f"--out is a file, such as {options.out / 'init.ckpt'}; {options.out} is a folder."
         raise ValueError(msg)
+    settings = parse_settings(options.settings, "density", "meta")
+    get_learner(settings.meta_backend)  # now, not after a pass over the images
     shared = learn_shared(
         [_category(text) for text in options.data],
         backbone=options.backbone,
-        settings=_settings(options.settings),
+        settings=settings,
         seed=options.seed,
         batch_size=options.batch_size,
     )
