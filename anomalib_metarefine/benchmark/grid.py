@@ -318,7 +318,7 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
                 if samples.image_path[kept].equals(images.image_path[used]):
                     return replace(known, training=key.training, curation_seconds=seconds)
         config = training_set.config
-        found = train_and_test(
+        figures, rejected = train_and_test(
             entry.spec,
             config.backbone,
             config.layers,
@@ -330,8 +330,7 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
         )
     except Exception as error:  # whatever a model can't do here goes into its row
         return replace(row, reason=_in_one_line(error))
-    figures = found._asdict()
-    left_out = ~kept | samples.image_path.astype(str).isin(figures.pop("rejected") or []).to_numpy()
+    left_out = ~kept | samples.image_path.astype(str).isin(rejected or []).to_numpy()
     return replace(
         row,
         **{name: round(value, 5) for name, value in figures.items()},

@@ -1,4 +1,8 @@
-"""The paper's figures 1, 4 and 5 (clean, corrupted, refined; every class; the average), and contamination curves."""
+"""The paper's figures 1, 4 and 5 (clean, corrupted, refined; every class; the average), and contamination curves.
+
+Every function takes the rows of one scenario, from `cells.scenarios`, and how the models look; it yields pictures, or
+one without a figure that says what is missing.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +37,7 @@ BARS = (("clean", UNREFINED, "clean"), ("corrupted", UNREFINED, "raw"), ("refine
 
 
 def paper_bars(rows: pd.DataFrame, _style: Style) -> Iterator[Picture]:
-    """MetaRefine on clean images, on dirty ones, and refined: the paper's figure 1.
-
-    Args:
-        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
-
-    Yields:
-        Picture: One.
-    """
+    """MetaRefine on clean images, on dirty ones, and refined: the paper's figure 1."""
     name, title = "clean_corrupted_refined", "Clean, corrupted, refined"
     bars = _bars_of(rows[rows.contamination > 0])
     if bars.empty:
@@ -88,15 +85,7 @@ def _bars_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_class(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
-    """Image AUROC of every class: the paper's figure 4, one for each contamination.
-
-    Args:
-        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
-        style (Style): How the models look.
-
-    Yields:
-        Picture: One per contamination.
-    """
+    """Image AUROC of every class: the paper's figure 4, one for each contamination."""
     raw = rows[(rows.training == "raw") & rows.image_AUROC.notna()]
     for contamination, part in raw.groupby("contamination"):
         models = [model for model in style.models if model in set(part.model)]
@@ -128,15 +117,7 @@ def by_class(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
 
 
 def overall(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
-    """The average over data sets: the paper's figure 5.
-
-    Args:
-        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
-        style (Style): How the models look.
-
-    Yields:
-        Picture: One.
-    """
+    """The average over data sets: the paper's figure 5."""
     raw = rows[rows.training == "raw"]
     wides = {one: common_cells(part, "image_AUROC", ["model"]) for one, part in raw.groupby("contamination")}
     averages = {one: macro_average(wide) for one, wide in wides.items() if len(wide)}
@@ -173,15 +154,7 @@ def overall(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
 
 
 def against_contamination(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
-    """Image AUROC against contamination: a panel for each data set, and one for their average.
-
-    Args:
-        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
-        style (Style): How the models look.
-
-    Yields:
-        Picture: One.
-    """
+    """Image AUROC against contamination: a panel for each data set, and one for their average."""
     name, title = "against_contamination", "Accuracy against contamination"
     rows = rows[rows.training.isin(_DASHES) & rows.image_AUROC.notna()]
     if rows.contamination.nunique() < 2:
