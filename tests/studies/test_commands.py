@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 STUDIES = Path(__file__).parents[2] / "studies"
-COMMANDS = sorted(path.stem for path in STUDIES.glob("*.py") if "ArgumentParser" in path.read_text())
+COMMANDS = sorted(path.stem for path in STUDIES.glob("*.py") if "__main__" in path.read_text())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
