@@ -1,13 +1,17 @@
 """What does the initialisation of the flow buy? Every way to get one, with and without refinement, on dirty folders.
 
+    python -m studies.ablation --out ablation.csv --data elpv-mono elpv-poly parts/screw:150
+
 Features of a data set are computed once, and the images that neighbours reject once for each training set; what is
 left, meta-training and fitting, is what the rows differ in.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
+import itertools
 import time
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,29 +22,28 @@ import torch
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
-from anomalib_metarefine.benchmark.markdown import markdown
-from anomalib_metarefine.data.contamination import Contaminated
+from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.density.flow import image_score, position_code
 from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.model.initialisation import learn_together
 from anomalib_metarefine.refinement.engine import (
     Density,
-    DensityFitter,
     FitSettings,
-    initial_guess,
     learn_initialisation,
     new_flow,
+    trainable,
 )
-from studies.detection import all_features
+from studies.common import add_grid, all_features, dirty_set, finished, markdown, new_fitter, record, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from anomalib_metarefine.benchmark.data_sets import DataSet
+    from anomalib_metarefine.data.contamination import Contaminated
     from anomalib_metarefine.features.embedding import Whitening
     from anomalib_metarefine.features.store import FeatureStore
-    from anomalib_metarefine.meta.maml import Initialisation
+    from anomalib_metarefine.meta.maml import Parameters
+    from anomalib_metarefine.refinement.engine import DensityFitter
 
 KEY = ["data", "train_images", "contamination", "seed", "start", "refinement"]
 _TRAINED = {"meta_steps": 50, "meta_lr": 2e-3}
@@ -50,8 +53,6 @@ STARTS: dict[str, dict[str, Any]] = {
     "pre-training": {"meta_algorithm": "pretraining", **_TRAINED},
     "FOMAML": {"meta_algorithm": "fomaml", **_TRAINED},
     "MAML": _TRAINED,
-    "ANIL": {"meta_algorithm": "anil", **_TRAINED},
-    "Meta-SGD": {"meta_algorithm": "metasgd", **_TRAINED},
     "MAML over other data sets": _TRAINED,  # not possible with one data set
     "full training on what is kept": {"meta_algorithm": "pretraining", **_TRAINED},
 }
@@ -104,27 +105,21 @@ def run(
             precision and recall, seconds of meta-training, of everything after it, and of the backbone for these
             training images; or why a training set can't be had.
     """
-    finished = set(pd.read_csv(out)[KEY].itertuples(index=False, name=None)) if out.is_file() else set()
+    done = finished(out, KEY)
     features: dict[str, Features] = {}
-    for seed in seeds:
-        for data_set in data:
-            for size in train_images:
-                for contamination in contaminations:
-                    images = size or data_set.train_images
-                    where = (data_set.name, images, contamination, seed)
-                    wanted = [(s, r) for s in starts for r in refinements if (*where, s, r) not in finished]
-                    if not wanted:
-                        continue
-                    try:
-                        training = _Training(data_set, data, features, images, contamination, seed)
-                    except ValueError as error:
-                        yield f"{data_set.name}, {images} images, {contamination:.0%}, seed {seed} left out: {error}"
-                        continue
-                    for start, refinement in wanted:
-                        row = dict(zip(KEY, (*where, start, refinement), strict=True))
-                        row |= training.measure(start, refinement)
-                        pd.DataFrame([row]).to_csv(out, mode="a", header=not out.is_file(), index=False)
-                        yield row
+    for seed, data_set, size, contamination in itertools.product(seeds, data, train_images, contaminations):
+        images = size or data_set.train_images
+        where = (data_set.name, images, contamination, seed)
+        wanted = [pair for pair in itertools.product(starts, refinements) if (*where, *pair) not in done]
+        if not wanted:
+            continue
+        try:
+            training = _Training(data_set, data, features, images, contamination, seed)
+        except ValueError as error:
+            yield f"{data_set.name}, {images} images, {contamination:.0%}, seed {seed} left out: {error}"
+            continue
+        for start, refinement in wanted:
+            yield dict(zip(KEY, (*where, start, refinement), strict=True)) | training.measure(start, refinement)
 
 
 class _Training:
@@ -149,7 +144,7 @@ class _Training:
         self.backbone_seconds = features[data_set.name].seconds * len(self.store)
         self.flow = new_flow(self.store.shape[1], FitSettings(), seed)
         self.whitening = self.fitter({}).whitening
-        self.learned: dict[str, tuple[Whitening, Initialisation, float]] = {}
+        self.learned: dict[str, tuple[Whitening, Parameters, float]] = {}
 
     def measure(self, start: str, refinement: str) -> dict[str, Any]:
         """One row."""
@@ -180,7 +175,7 @@ class _Training:
             "backbone_seconds": self.backbone_seconds,
         }
 
-    def initialisation(self, start: str) -> tuple[Whitening, Initialisation, float]:
+    def initialisation(self, start: str) -> tuple[Whitening, Parameters, float]:
         """Global whitening, initialisation behind it, and the seconds it took."""
         if start not in self.learned:
             settings = dataclasses.replace(FitSettings(), **STARTS[start])
@@ -190,7 +185,7 @@ class _Training:
                 begin = time.perf_counter()
                 learned = learn_together(others, self.flow, settings, generator, Progress(disable=True))
             elif start == _FULL:  # is trained when it is known on what
-                learned = self.whitening, initial_guess(self.flow, settings)
+                learned = self.whitening, trainable(self.flow)
             else:
                 learned = self.whitening, self.fitter(STARTS[start], self.whitening).meta_train()
             self.learned[start] = (*learned, time.perf_counter() - begin)
@@ -206,22 +201,16 @@ class _Training:
     def fully_trained(self, fitter: DensityFitter, kept: np.ndarray) -> Density:
         """The flow trained on the kept images from its random start, as long as the others are meta-trained."""
         settings = dataclasses.replace(FitSettings(), **STARTS[_FULL])
-        start = initial_guess(self.flow, settings)
         trained = learn_initialisation(
-            [fitter.category(kept)], start, fitter.loss, settings, fitter.generator, fitter.progress
+            [fitter.category(kept)], trainable(self.flow), fitter.loss, settings, fitter.generator, fitter.progress
         )
-        return Density(fitter.whitening, fitter.fit_gaussian(kept), trained.parameters)
+        return Density(fitter.whitening, fitter.fit_gaussian(kept), trained)
 
     def fitter(
-        self, changes: dict[str, Any], whitening: Whitening | None = None, initial: Initialisation | None = None
+        self, changes: dict[str, Any], whitening: Whitening | None = None, initial: Parameters | None = None
     ) -> DensityFitter:
         """Of these training images; the same random numbers for all."""
-        settings = dataclasses.replace(FitSettings(), **changes)
-        generator = torch.Generator().manual_seed(self.seed)
-        quiet = Progress(disable=True)
-        return DensityFitter(
-            self.store, self.flow, self.grid, settings, generator, quiet, whitening=whitening, initial=initial
-        )
+        return new_fitter((self.store, self.grid), self.seed, self.flow, whitening, initial, **changes)
 
     @torch.no_grad()
     def score(self, density: Density) -> tuple[np.ndarray, float]:
@@ -235,9 +224,7 @@ class _Training:
     def _load(
         self, data_set: DataSet, images: int | None, contamination: float
     ) -> tuple[FeatureStore, tuple[int, int], Contaminated]:
-        images = images or data_set.train_images
-        datamodule = Contaminated(data_set.datamodule(self.seed), contamination, "no-overlap", self.seed, images)
-        datamodule.setup()
+        datamodule = dirty_set(data_set, contamination, self.seed, images)
         if data_set.name not in self.known:
             begin = time.perf_counter()
             store, grid = all_features(datamodule, data_set)
@@ -263,7 +250,7 @@ def summarise(rows: pd.DataFrame) -> str:
         wide = rows[rows.refinement == refinement].pivot_table("image_AUROC", KEY[:4], "start")
         wide = 100 * wide[[start for start in starts if start in wide]]
         lines = [
-            [name, f"{images:g}", f"{share:.0%}", *(_spread(group[start].dropna()) for start in wide)]
+            [name, f"{images:g}", f"{share:.0%}", *(spread(group[start], 1) for start in wide)]
             for (name, images, share), group in wide.groupby(level=KEY[:3], sort=False)
         ]
         whole = wide.dropna().groupby(level=["data", "contamination", "train_images"]).mean()
@@ -278,7 +265,24 @@ def summarise(rows: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
-def _spread(values: pd.Series) -> str:
-    if values.empty:
-        return ""
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_grid(parser, [0, 0.2, 0.4])
+    add = parser.add_argument
+    add("--train-images", type=int, nargs="+", default=[None], metavar="N", help="of the training set, not its own")
+    add("--starts", nargs="+", choices=STARTS, metavar="NAME", help="only these initialisations; default: all")
+    add("--refinements", nargs="+", choices=REFINEMENTS, default=list(REFINEMENTS), help="only these")
+    options = parser.parse_args(argv)
+    possible = [start for start in STARTS if start != OTHERS or len(options.data) > 1]
+    starts = options.starts or possible
+    if not set(starts) <= set(possible):
+        parser.error(f"{OTHERS!r} needs at least two data sets, found one: {options.data[0]}.")
+    data = [DataSet.parse(text) for text in options.data]
+    sizes, shares = options.train_images, options.contamination
+    record(run(options.out, data, sizes, shares, options.seeds, starts, options.refinements), options.out)
+    print(summarise(pd.read_csv(options.out)))
+
+
+if __name__ == "__main__":
+    main()

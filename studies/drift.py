@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.deploy.drift import DriftMonitor
+from studies.common import dirty_set, markdown
 
 if TYPE_CHECKING:
     import torch
@@ -63,10 +63,10 @@ def collect(data: DataSet, other: DataSet | None, seed: int) -> dict[str, np.nda
     Returns:
         dict[str, np.ndarray]: Raw scores ``[N]`` by `GOOD`, `DEFECTIVE`, `OTHER` and the names of `turns`.
     """
-    from anomalib_metarefine.benchmark.training import hush
+    from anomalib_metarefine.benchmark.training import quiet
     from anomalib_metarefine.model.calibration import raw_scores
 
-    hush()
+    quiet()
     model, trained_on = _train(data, seed)
     good, defective = _images(data, seed)
     good = [path for path in good if path not in trained_on]
@@ -84,10 +84,9 @@ def _train(data: DataSet, seed: int) -> tuple[MetaRefine, set[str]]:
     from lightning import seed_everything
 
     from anomalib_metarefine import MetaRefine
-    from anomalib_metarefine.data.contamination import Contaminated
 
     seed_everything(seed, verbose=False)
-    datamodule = Contaminated(data.datamodule(seed), 0.0, "no-overlap", seed, data.train_images)
+    datamodule = dirty_set(data, 0.0, seed)
     model = MetaRefine(image_size=data.image_size, visualizer=False)
     with tempfile.TemporaryDirectory() as folder:
         engine = Engine(default_root_dir=folder, logger=False, enable_model_summary=False, limit_val_batches=0)

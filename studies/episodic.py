@@ -14,30 +14,32 @@ References:
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
+import itertools
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.benchmark.markdown import markdown
-from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.flow import image_score
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow
-from studies.detection import all_features, record
+from studies.common import (
+    Features,
+    add_grid,
+    all_features,
+    dirty_set,
+    finished,
+    markdown,
+    new_fitter,
+    record,
+    spread,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from anomalib_metarefine.features.store import FeatureStore
 
 KEY = ["data", "contamination", "seed", "score"]
 EPISODES = 20
@@ -50,12 +52,12 @@ _NEIGHBOUR_TAIL = 0.02  # as in the score that refinement uses, so that only the
 
 
 def run(
-    done: pd.DataFrame, data: Sequence[DataSet], shares: Sequence[float], seeds: Sequence[int], sizes: Sequence[int]
+    done: set[tuple], data: Sequence[DataSet], shares: Sequence[float], seeds: Sequence[int], sizes: Sequence[int]
 ) -> Iterator[dict[str, object] | str]:
     """Score the images of every training set that is not in the table yet; all data sets of one seed, then the next.
 
     Args:
-        done (pd.DataFrame): Rows of earlier runs, with the columns `KEY`.
+        done (set[tuple]): Keys of earlier rows, in the order of `KEY`.
         data (Sequence[DataSet]): Data sets.
         shares (Sequence[float]): Shares of dirty training images, in (0, 1).
         seeds (Sequence[int]): Which images are drawn, which of them are supports, and all initialisations.
@@ -65,31 +67,27 @@ def run(
         dict[str, object] | str: A row: `KEY`, images, dirty ones, AUROC, seconds (all that the score needs except the
             backbone; shared by the aggregates of one score); or why a training set can't be had.
     """
-    finished = set(done[KEY].itertuples(index=False, name=None))
-    features: dict[str, tuple[FeatureStore, tuple[int, int]]] = {}
-    for seed in seeds:
-        for data_set in data:
-            for contamination in shares:
-                key = (data_set.name, contamination, seed)
-                if all((*key, name) in finished for name in _names(sizes)):
-                    continue
-                source = data_set.datamodule(seed)
-                datamodule = Contaminated(source, contamination, "no-overlap", seed, data_set.train_images)
-                try:
-                    datamodule.setup()
-                    _check(len(datamodule.train_data), sizes)
-                except ValueError as error:
-                    yield f"{data_set.name}, contamination {contamination:g}, seed {seed} left out: {error}"
-                    continue
-                if data_set.name not in features:
-                    features[data_set.name] = all_features(datamodule, data_set)
-                paths = sorted(datamodule.train_data.samples.image_path.astype(str))
-                dirty = np.isin(paths, datamodule.injected)
-                counts = {"images": len(paths), "dirty": int(dirty.sum())}
-                for name, scores, seconds in _scores(*features[data_set.name], paths, seed, sizes):
-                    if (*key, name) not in finished:
-                        found = {"AUROC": roc_auc_score(dirty, scores), "seconds": seconds}
-                        yield dict(zip(KEY, (*key, name), strict=True)) | counts | found
+    features: dict[str, Features] = {}
+    for seed, data_set, contamination in itertools.product(seeds, data, shares):
+        key = (data_set.name, contamination, seed)
+        if all((*key, name) in done for name in _names(sizes)):
+            continue
+        try:
+            datamodule = dirty_set(data_set, contamination, seed)
+            _check(len(datamodule.train_data), sizes)
+        except ValueError as error:
+            yield f"{data_set.name}, contamination {contamination:g}, seed {seed} left out: {error}"
+            continue
+        if data_set.name not in features:
+            features[data_set.name] = all_features(datamodule, data_set)
+        store, grid = features[data_set.name]
+        paths = sorted(datamodule.train_data.samples.image_path.astype(str))
+        dirty = np.isin(paths, datamodule.injected)
+        counts = {"images": len(paths), "dirty": int(dirty.sum())}
+        for name, scores, seconds in _scores((store.of(paths), grid), seed, sizes):
+            if (*key, name) not in done:
+                found = {"AUROC": roc_auc_score(dirty, scores), "seconds": seconds}
+                yield dict(zip(KEY, (*key, name), strict=True)) | counts | found
 
 
 def draw_supports(images: int, size: int, seed: int) -> np.ndarray:
@@ -131,21 +129,20 @@ def _check(images: int, sizes: Sequence[int]) -> None:
         raise ValueError(msg)
 
 
-def _scores(
-    features: FeatureStore, grid: tuple[int, int], paths: list[str], seed: int, sizes: Sequence[int]
-) -> Iterator[tuple[str, np.ndarray, float]]:
-    """Name, scores ``[N]`` and seconds of everything compared, for sorted paths."""
-    store, settings = features.of(paths), dataclasses.replace(FitSettings(), rounds=0)
+def _scores(features: Features, seed: int, sizes: Sequence[int]) -> Iterator[tuple[str, np.ndarray, float]]:
+    """Name, scores ``[N]`` and seconds of everything compared, for images sorted by path."""
+    store, grid = features
+    images = len(store)
     generator = torch.Generator().manual_seed(seed)
-    supports = {size: draw_supports(len(paths), size, seed) for size in sizes}
+    supports = {size: draw_supports(images, size, seed) for size in sizes}
 
     begin = time.perf_counter()
-    neighbours = NearestImages(store, range(len(paths)), grid, generator)
-    halves = image_score(neighbours.episodic(np.ones(len(paths), dtype=bool))[0], _NEIGHBOUR_TAIL).numpy()
+    neighbours = NearestImages(store, range(images), grid, generator)
+    halves = image_score(neighbours.episodic(np.ones(images, dtype=bool))[0], _NEIGHBOUR_TAIL).numpy()
     yield "neighbours, random halves", halves, time.perf_counter() - begin
 
     begin = time.perf_counter()
-    neighbours = NearestImages(store, range(len(paths)), grid, generator, references=len(paths), nearest=len(paths))
+    neighbours = NearestImages(store, range(images), grid, generator, references=images, nearest=images)
     comparing = time.perf_counter() - begin
     for size, masks in supports.items():
         begin = time.perf_counter()
@@ -155,8 +152,7 @@ def _scores(
             yield f"neighbours, {size} images, {name}", scores, seconds
 
     begin = time.perf_counter()
-    flow = new_flow(store.shape[1], settings, seed)
-    fitter = DensityFitter(store, flow, grid, settings, generator, Progress(disable=True))
+    fitter = new_fitter(features, seed, rounds=0)
     fitter.initial = fitter.meta_train()
     learning = time.perf_counter() - begin
     _, refinement = fitter.fit()
@@ -178,37 +174,24 @@ def _scores(
 def summarise(rows: pd.DataFrame) -> str:
     """A Markdown table of the AUROC, mean ± standard deviation over seeds: a row a score, a column a training set."""
     columns = list(dict.fromkeys(zip(rows.data, rows.contamination, strict=True)))
-    cells = {
-        key: f"{aurocs.mean():.3f}" + (f" ± {aurocs.std():.3f}" if len(aurocs) > 1 else "")
-        for key, aurocs in rows.groupby(["score", "data", "contamination"]).AUROC
-    }
+    cells = {key: spread(aurocs, 3) for key, aurocs in rows.groupby(["score", "data", "contamination"]).AUROC}
     return markdown(
         ["score", *(f"{data}, {share:.0%}" for data, share in columns)],
         ([score, *(cells.get((score, *column), "") for column in columns)] for score in rows.score.unique()),
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command: arguments (``None`` takes those of the process) to exit code, 2 for input that can't be used."""
-    parser = argparse.ArgumentParser(prog="python -m studies.episodic", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="CSV that rows are added to; finished ones stay")
-    parser.add_argument("--data", nargs="+", default=[], metavar="WHERE[@HxW][:IMAGES][:NAME]", help="data sets")
-    parser.add_argument("--contamination", type=float, nargs="+", default=[0.2, 0.4])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_grid(parser, [0.2, 0.4])
     parser.add_argument("--support", type=int, nargs="+", default=[16, 8], help="images of a support set")
-    parser.add_argument("--summary", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(argv)
-    done = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame(columns=KEY)
-    try:
-        data = [DataSet.parse(spec) for spec in options.data]
-        record(run(done, data, options.contamination, options.seeds, options.support), options.out)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    if options.summary:
-        print(summarise(pd.read_csv(options.out)))
-    return 0
+    data = [DataSet.parse(spec) for spec in options.data]
+    done = finished(options.out, KEY)
+    record(run(done, data, options.contamination, options.seeds, options.support), options.out)
+    print(summarise(pd.read_csv(options.out)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,5 +1,7 @@
 """The loss around the flow's initialisation before and after meta-training, on real images.
 
+    python -m studies.landscape FOLDER --out landscape
+
 What figure 3 of Aqeel et al. shows, with sharpness as numbers. Before: the untrained flow. After: what MAML made of it.
 Both are measured on the same patches, along the same directions. These are normalised by the meta-learned weights: the
 last layers of the untrained flow are zero and have no length of their own. One unit is then as far as meta-training
@@ -13,8 +15,8 @@ References:
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,17 +29,17 @@ from matplotlib.ticker import MaxNLocator
 from anomalib_metarefine.benchmark.report.drawing import Picture, canvas, look
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
-from anomalib_metarefine.images.sources import EXTENSIONS
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch
 from anomalib_metarefine.progress import progress_bars
-from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow, trainable
+from anomalib_metarefine.refinement.engine import trainable
+from studies.common import new_fitter
 from studies.loss_surface import largest_eigenvalue, random_direction, rises, surface
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.progress import Progress
 
     from anomalib_metarefine.meta.maml import Parameters
+    from anomalib_metarefine.refinement.engine import DensityFitter
 
 _LEVELS = 14  # of the contours
 _SAME = 0.05  # a smaller relative change is called none
@@ -133,19 +135,13 @@ class Landscape:
 
 def loss_landscape(
     data: str | Path,
-    *,
-    root: str | Path | None = None,
-    extensions: Sequence[str] = EXTENSIONS,
-    backbone: str = OFFLINE_BACKBONE,
     image_size: tuple[int, int] | None = None,
-    batch_size: int = 32,
     seed: int = 0,
     points: int = 21,
     radius: float = 1.0,
     directions: int = 20,
     patches: int = 4096,
-    settings: FitSettings | None = None,
-    progress: bool = True,
+    **settings: float,
 ) -> Landscape:
     """Meta-train on images, and look at the loss around the initialisation before and after.
 
@@ -153,66 +149,41 @@ def loss_landscape(
 
     Args:
         data (str | Path): Images, as `curate` takes them.
-        root (str | Path | None): What paths in a table are relative to.
-        extensions (Sequence[str]): File names to look for in a folder.
-        backbone (str): Any timm architecture.
         image_size (tuple[int, int] | None): Height and width in pixels; ``None`` takes the shape of the images, at the
             area of 256 x 256 pixels.
-        batch_size (int): Images at a time in the backbone.
         seed (int): Of everything random.
         points (int): Along each axis of the plane; odd, so that its centre is one of them.
         radius (float): Of the sphere, and half the width of the plane, in lengths of the meta-learned weights.
-        directions (int): Random ones to the sphere, at least 2.
+        directions (int): Random ones to the sphere, at least 2: the axes of the plane.
         patches (int): That the loss is measured on.
-        settings (FitSettings | None): Of meta-training; ``None`` takes what `MetaRefine` does by default.
-        progress (bool): Show progress bars.
+        **settings (float): Of `MetaRefine`, where they differ from the defaults: ``meta_steps``, ``meta_lr``.
 
     Returns:
         Landscape: Numbers and figure.
-
-    Raises:
-        FileNotFoundError: If there are no such data.
-        ValueError: If no image can be read, or a setting can't be used.
     """
-    _check(points, radius, directions, patches)
-    chosen = settings or FitSettings()
-    generator = torch.Generator().manual_seed(seed)
-    with progress_bars(progress) as bars:
-        gathered = gather(
-            data,
-            Backbone(backbone),
-            backbone,
-            bars,
-            root=root,
-            extensions=extensions,
-            image_size=image_size,
-            batch_size=batch_size,
-        )
-        store = gathered.store
-        flow = new_flow(store.shape[1], chosen, seed)
-        fitter = DensityFitter(store, flow, gathered.grid, chosen, generator, bars)
-        steps = np.linspace(-radius, radius, points)
-        before, after = _measure(fitter, steps, directions, patches, bars)
+    with progress_bars(enabled=True) as bars:
+        gathered = gather(data, Backbone(OFFLINE_BACKBONE), OFFLINE_BACKBONE, bars, image_size=image_size)
+    fitter = new_fitter((gathered.store, gathered.grid), seed, **settings)
+    steps = np.linspace(-radius, radius, points)
+    before, after = _measure(fitter, steps, directions, patches)
     run = {
         "source": str(data),
-        "images": len(store),
+        "images": len(gathered.store),
         "seed": seed,
         "radius": radius,
         "directions": directions,
         "patches": patches,
-        "settings": {"backbone": backbone, "image_size": list(gathered.image_size), **vars(chosen)},
+        "image_size": list(gathered.image_size),
+        "settings": vars(fitter.settings),
         "versions": versions(),
     }
     return Landscape(before, after, steps, run)
 
 
-def _measure(
-    fitter: DensityFitter, steps: np.ndarray, directions: int, patches: int, bars: Progress
-) -> tuple[Around, Around]:
-    learned = fitter.meta_train().parameters
+def _measure(fitter: DensityFitter, steps: np.ndarray, directions: int, patches: int) -> tuple[Around, Around]:
+    learned = fitter.meta_train()
     category = fitter.category()
-    images = torch.arange(len(category.images))
-    drawn = draw_batch(category.images, category.positions, images, patches, fitter.generator)
+    drawn = draw_batch(*category, torch.arange(len(category.images)), patches, fitter.generator)
     # Rises of a millionth of the loss would drown in the rounding of single precision.
     batch = PatchBatch(drawn.patches.double(), drawn.positions.double())
     fitter.flow.double()
@@ -221,35 +192,17 @@ def _measure(
     weights = {name: value for name, value in after.items() if name.endswith(".weight")}
     ways = [random_direction(weights, fitter.generator) for _ in range(directions)]
     start = fitter.generator.get_state()
-    task = bars.add_task("loss around both", total=2)
 
     def around(parameters: Parameters) -> Around:
         fitter.generator.set_state(start)
-        found = Around(
+        return Around(
             fitter.loss(parameters, batch).item(),
             rises(fitter.loss, parameters, batch, ways, float(steps[-1])).numpy(),
             largest_eigenvalue(fitter.loss, parameters, batch, fitter.generator),
             surface(fitter.loss, parameters, batch, (ways[0], ways[1]), steps.tolist()).numpy(),
         )
-        bars.advance(task)
-        return found
 
     return around(before), around(after)
-
-
-def _check(points: int, radius: float, directions: int, patches: int) -> None:
-    if points < 3 or points % 2 == 0:
-        msg = f"points must be odd and at least 3, so that the centre is one of them; found {points}."
-        raise ValueError(msg)
-    if not 0 < radius < float("inf"):
-        msg = f"radius must be a positive number of lengths of the weights, found {radius:g}."
-        raise ValueError(msg)
-    if directions < 2:
-        msg = f"directions must be at least 2, the axes of the plane; found {directions}."
-        raise ValueError(msg)
-    if patches < 1:
-        msg = f"patches must be at least 1, found {patches}."
-        raise ValueError(msg)
 
 
 def _compare(before: float, after: float) -> str:
@@ -274,3 +227,27 @@ def _plain(around: Around) -> dict[str, object]:
         "largest_eigenvalue": around.eigenvalue,
         "surface": around.surface.tolist(),
     }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("data", metavar="DATA", help="images, as `metarefine curate` takes them")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the figure and its numbers")
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels; default: the shape of the images")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--points", type=int, default=21, metavar="N", help="along each axis of the surface, odd")
+    add("--radius", type=float, default=1.0, metavar="R", help="how far to look, in lengths of the weights")
+    add("--directions", type=int, default=20, metavar="N", help="random ones that sharpness is a mean over")
+    add("--meta-steps", type=int, default=10, metavar="N", help="outer steps")
+    options = vars(parser.parse_args(argv))
+    out, size = options.pop("out"), options.pop("image_size")
+    found = loss_landscape(image_size=tuple(size) if size else None, **options)
+    written = found.write(out)
+    print(found.verdict)
+    print(f"{out.resolve()}: {', '.join(sorted(file.name for file in written))}")
+
+
+if __name__ == "__main__":
+    main()

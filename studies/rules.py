@@ -128,7 +128,7 @@ def main() -> None:
     """Compute the scores, print the table, write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contamination", type=float, default=0.2, help="share of dirty images (default: 0.2)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture to write")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures/rules.png"), help="the picture to write")
     arguments = parser.parse_args()
     scores, further, dirty = training_scores(arguments.contamination)
     fences = all_fences(scores, further, dirty)

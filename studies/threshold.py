@@ -26,18 +26,16 @@ import torch
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
-from rich.progress import Progress
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.benchmark.markdown import markdown
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score
+from anomalib_metarefine.density.gaussian import PositionalGaussian
+from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.deploy.threshold import calibrate
-from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
-from anomalib_metarefine.features.embedding import PositionalGaussian, Whitening
-from anomalib_metarefine.features.extract import collect_features
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings
+from anomalib_metarefine.refinement.engine import FitSettings
+from studies.common import features_of, markdown, new_fitter
 
 _GOOD, _DEFECTIVE, _LINE = "#56B4E9", "#D55E00", "#000000"  # Okabe and Ito's palette: safe for colour-blind readers
 _PATCHES = 60_000  # for the whitening
@@ -86,10 +84,7 @@ def features(data: DataSet) -> tuple[FeatureStore, np.ndarray]:
     datamodule.setup()
     samples = pd.concat([datamodule.train_data.samples, datamodule.test_data.samples])
     samples = samples[samples.label_index >= 0]
-    paths = [Path(path) for path in samples.image_path]
-    store, _ = collect_features(
-        paths, Backbone(OFFLINE_BACKBONE), OFFLINE_BACKBONE, data.image_size, 32, 4096, lambda _count: None
-    )
+    store, _ = features_of(samples.image_path, data)
     return store, samples.label_index.to_numpy() == 1
 
 
@@ -135,9 +130,7 @@ def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[S
     torch.manual_seed(seed)
     flow = PatchFlow(settings.dimensions, settings.blocks, settings.hidden)
     side = math.isqrt(store.shape[0])  # ELPV's images are square
-    generator = torch.Generator().manual_seed(seed)
-    quiet = Progress(disable=True)
-    fitter = DensityFitter(training, flow, (side, side), settings, generator, quiet, lambda _figures, _step: None)
+    fitter = new_fitter((training, (side, side)), seed, flow)
     density, refinement = fitter.fit()
     flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
     scorer = PatchScorer()
@@ -280,7 +273,7 @@ def main() -> None:
     parser.add_argument("--density", choices=["gaussian", "metarefine"], default="gaussian", help="what is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the training sets")
     parser.add_argument("--repeats", type=int, default=200, help="calibrations on held-out images, for each row")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".png"), help="the picture to write")
+    parser.add_argument("--out", type=Path, default=Path("docs/figures/threshold.png"), help="the picture to write")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")

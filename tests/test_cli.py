@@ -285,8 +285,10 @@ def test_what_is_not_there_is_told_before_heavy_imports(tmp_path):
     [
         ("meta_algorithm=reptile", "'reptile'"),
         ("meta_backend=jax", "'jax'"),
-        ("meta_steps=many", "of type int"),
+        ("meta_steps=many", "a whole number of at least 0"),
         ("steps=3", "found 'steps=3'"),
+        ("shrinkage=5", "shrinkage must be a number in [0, 1], found 5"),
+        ("rule=nonsense", "found 'rule=nonsense'"),
     ],
 )
 def test_settings_that_cannot_be_are_named_before_images_are_read(tmp_path, capsys, setting, message):

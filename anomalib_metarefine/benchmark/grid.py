@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from joblib import Parallel, delayed
 
 from anomalib_metarefine.benchmark.table import Key, ResultTable, Row, label
 
@@ -186,6 +187,42 @@ def plan(config: BenchConfig, data: DataSet) -> Iterator[tuple[Dirt, list[tuple[
         yield Dirt(*way, share, seed), cells
 
 
+def run(
+    config: BenchConfig, path: Path, jobs: int = 1, retry: bool = False, curator: Curator = curated_images
+) -> Iterator[Row | LeftOut]:
+    """Every cell that is not in the result file yet.
+
+    Args:
+        config (BenchConfig): The grid.
+        path (Path): The result file; its folder must exist.
+        jobs (int): Processes, of a data set each.
+        retry (bool): Try cells again that could not be run before.
+        curator (Curator): Stands behind `curated_images`.
+
+    Yields:
+        Row | LeftOut: Every new row once it is in the file, with several processes once its data set is done; or a data
+            set that can't be had, and why.
+    """
+    table = ResultTable(path)  # once, before many open it
+    jobs = min(jobs, len(config.data))
+    if jobs < 2:
+        for data in config.data:
+            yield from run_data_set(config, data, table, 1, retry, curator)
+        return
+    work = (delayed(_all_cells)(config, data, path, jobs, retry, curator) for data in config.data)
+    for rows in Parallel(jobs, return_as="generator_unordered")(work):
+        yield from rows
+
+
+def _all_cells(
+    config: BenchConfig, data: DataSet, path: Path, jobs: int, retry: bool, curator: Curator
+) -> list[Row | LeftOut]:
+    from anomalib_metarefine.benchmark.training import quiet
+
+    quiet()
+    return list(run_data_set(config, data, ResultTable(path), jobs, retry, curator))
+
+
 def run_data_set(
     config: BenchConfig,
     data: DataSet,
@@ -281,7 +318,7 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
                 if samples.image_path[kept].equals(images.image_path[used]):
                     return replace(known, training=key.training, curation_seconds=seconds)
         config = training_set.config
-        found = train_and_test(
+        figures, rejected = train_and_test(
             entry.spec,
             config.backbone,
             config.layers,
@@ -293,8 +330,7 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
         )
     except Exception as error:  # whatever a model can't do here goes into its row
         return replace(row, reason=_in_one_line(error))
-    figures = found._asdict()
-    left_out = ~kept | samples.image_path.astype(str).isin(figures.pop("rejected") or []).to_numpy()
+    left_out = ~kept | samples.image_path.astype(str).isin(rejected or []).to_numpy()
     return replace(
         row,
         **{name: round(value, 5) for name, value in figures.items()},

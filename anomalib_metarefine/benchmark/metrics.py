@@ -1,9 +1,8 @@
-"""anomalib's metrics of images and pixels, from one sort of the scores.
+"""anomalib's metrics of images and pixels, by scikit-learn.
 
-anomalib's own classes keep every score several times, sort all of them for every figure, and put raw scores through
-a sigmoid in single precision, after which all large ones are equal. Ten million pixels then take a quarter of a minute
-and two gigabytes. Here, the scores of defects are the only thresholds, since nothing changes between two of them that
-a figure depends on: a second, and no more memory than the anomaly maps. The figures are the same (see the tests).
+anomalib's own classes keep every score several times and put raw scores through a sigmoid in single precision, after
+which all large ones are equal; ten million pixels take them a quarter of a minute and two gigabytes. The figures are
+the same (see the tests).
 
 References:
     - Bergmann et al., "MVTec AD: A Comprehensive Real-World Dataset for Unsupervised Anomaly Detection", CVPR 2019
@@ -14,12 +13,13 @@ References:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from anomalib.metrics import Evaluator
 from anomalib.utils.cv import connected_components_cpu
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 
 if TYPE_CHECKING:
     from anomalib.data import Batch
@@ -29,78 +29,49 @@ _PIMO_BOUNDS = (1e-5, 1e-4)
 _NAN = float("nan")
 
 
-class Steps(NamedTuple):
-    """What lies above every threshold worth trying: the K distinct scores of defects, in descending order.
-
-    Attributes:
-        hits (np.ndarray): ``[K]``, defects at the threshold.
-        true (np.ndarray): ``[K]``, defects at or above it.
-        false (np.ndarray): ``[K]``, normal ones at or above it.
-        false_above (np.ndarray): ``[K]``, normal ones above it.
-        defects (int): All defects.
-        normal (int): All normal ones.
-    """
-
-    hits: np.ndarray
-    true: np.ndarray
-    false: np.ndarray
-    false_above: np.ndarray
-    defects: int
-    normal: int
-
-
-def steps(defects: np.ndarray, normal: np.ndarray) -> Steps:
-    """Sort scores.
+def figures(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Figures of the scores of images, or of pixels.
 
     Args:
-        defects (np.ndarray): ``[P]``, at least one.
-        normal (np.ndarray): ``[N]``, at least one; sorted in place.
+        scores (np.ndarray): ``[N]``, of any size.
+        labels (np.ndarray): ``[N]`` of bool, true for defects.
 
     Returns:
-        Steps: Counts at every threshold.
+        dict[str, float]: ``AUROC``, ``AUPR``, ``F1Max``; NaN without both normal and defective ones.
     """
-    thresholds, hits = np.unique(defects, return_counts=True)
-    normal.sort()
-    false = len(normal) - np.searchsorted(normal, thresholds, side="left")
-    above = len(normal) - np.searchsorted(normal, thresholds, side="right")
-    hits = hits[::-1]
-    return Steps(hits, np.cumsum(hits), false[::-1], above[::-1], len(defects), len(normal))
+    if labels.all() or not labels.any():
+        return dict.fromkeys(("AUROC", "AUPR", "F1Max"), _NAN)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    return {
+        "AUROC": float(roc_auc_score(labels, scores)),
+        "AUPR": float(average_precision_score(labels, scores)),
+        "F1Max": float(f1.max()),
+    }
 
 
-def auroc(found: Steps) -> float:
-    """Probability that a defect scores higher than a normal one; ties count half."""
-    below = found.normal - (found.false + found.false_above) / 2
-    return float((found.hits * below).sum() / (found.defects * found.normal))
-
-
-def aupr(found: Steps) -> float:
-    """Average precision: precision at every threshold, weighted by the recall that it adds."""
-    return float((found.hits * found.true / (found.true + found.false)).sum() / found.defects)
-
-
-def f1_max(found: Steps) -> float:
-    """The best F1 score of any threshold."""
-    return float((2 * found.true / (found.defects + found.true + found.false)).max())
-
-
-def aupro(found: Steps, overlap: np.ndarray) -> float:
+def aupro(maps: np.ndarray, masks: np.ndarray) -> float:
     """Area under the per-region overlap, up to a false positive rate of 0.3, divided by it.
 
+    The mean overlap of the regions is the true positive rate of pixels that weigh less the larger their region is.
+
     Args:
-        found (Steps): Of pixels.
-        overlap (np.ndarray): ``[K]``, mean share of the regions of defects at or above each threshold.
+        maps (np.ndarray): ``[N x H x W]``.
+        masks (np.ndarray): ``[N x H x W]`` of bool, with both kinds of pixels.
 
     Returns:
         float: In [0, 1].
     """
-    # Left and right of every threshold; between two of them the overlap stays, and false positives come in.
-    before = np.concatenate([[0.0], overlap[:-1]])
-    y = np.concatenate([[0.0], np.stack([before, overlap], 1).ravel(), [1.0]])
-    x = np.concatenate([[0.0], np.stack([found.false_above, found.false], 1).ravel() / found.normal, [1.0]])
-    whole = np.diff(x)
-    width = np.diff(np.minimum(x, _PRO_LIMIT))
-    reached = y[:-1] + np.diff(y) * np.divide(width, whole, out=np.zeros_like(whole), where=whole > 0)
-    return float((width * (y[:-1] + reached)).sum() / 2 / _PRO_LIMIT)
+    weights = np.ones(masks.shape)
+    for weight, mask in zip(weights, masks, strict=True):
+        if mask.any():
+            regions = connected_components_cpu(torch.from_numpy(mask)[None, None].float()).numpy()[0, 0][mask]
+            weight[mask] = 1 / np.bincount(regions)[regions]
+    false, overlap, _ = roc_curve(masks.ravel(), maps.ravel(), sample_weight=weights.ravel())
+    inside = false <= _PRO_LIMIT
+    x = np.append(false[inside], _PRO_LIMIT)
+    y = np.append(overlap[inside], np.interp(_PRO_LIMIT, false, overlap))
+    return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2 / _PRO_LIMIT)
 
 
 def aupimo(maps: np.ndarray, masks: np.ndarray) -> float:
@@ -138,22 +109,6 @@ def aupimo(maps: np.ndarray, masks: np.ndarray) -> float:
     return float(np.clip(areas, 0, 1).mean())
 
 
-def image_figures(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Figures of image scores.
-
-    Args:
-        scores (np.ndarray): ``[N]``, of any size.
-        labels (np.ndarray): ``[N]`` of bool.
-
-    Returns:
-        dict[str, float]: ``AUROC``, ``AUPR``, ``F1Max``; NaN without both normal and defective images.
-    """
-    if labels.all() or not labels.any():
-        return dict.fromkeys(("AUROC", "AUPR", "F1Max"), _NAN)
-    found = steps(scores[labels], scores[~labels])
-    return {"AUROC": auroc(found), "AUPR": aupr(found), "F1Max": f1_max(found)}
-
-
 def pixel_figures(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
     """Figures of anomaly maps.
 
@@ -165,31 +120,17 @@ def pixel_figures(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
         dict[str, float]: ``AUROC``, ``AUPR``, ``F1Max``, ``AUPRO``, ``AUPIMO``; NaN without both kinds of pixels.
     """
     if masks.all() or not masks.any():
-        return dict.fromkeys(("AUROC", "AUPR", "F1Max", "AUPRO", "AUPIMO"), _NAN)
-    weights, regions = [], 0
-    for mask in masks[masks.any(axis=(1, 2))]:
-        labels = connected_components_cpu(torch.from_numpy(mask)[None, None].float()).numpy()[0, 0][mask]
-        sizes = np.bincount(labels)
-        weights.append(1 / sizes[labels])
-        regions += np.count_nonzero(sizes)
-    defects = maps[masks]
-    found = steps(defects, maps[~masks])
-    place = np.unique(defects, return_inverse=True)[1]
-    overlap = np.cumsum(np.bincount(place, np.concatenate(weights))[::-1]) / regions
-    return {
-        "AUROC": auroc(found),
-        "AUPR": aupr(found),
-        "F1Max": f1_max(found),
-        "AUPRO": aupro(found, overlap),
-        "AUPIMO": aupimo(maps, masks),
-    }
+        regions = {"AUPRO": _NAN, "AUPIMO": _NAN}
+    else:
+        regions = {"AUPRO": aupro(maps, masks), "AUPIMO": aupimo(maps, masks)}
+    return figures(maps.ravel(), masks.ravel()) | regions
 
 
 class ScoreEvaluator(Evaluator):
     """Keeps what a test gives and makes figures of it.
 
     Attributes:
-        figures (dict[str, float]): After a test: `image_figures` and `pixel_figures`, each with its prefix. Those of
+        figures (dict[str, float]): After a test: `figures` and `pixel_figures`, each with its prefix. Those of
             pixels are NaN where there are no masks or no anomaly maps.
     """
 
@@ -220,7 +161,7 @@ class ScoreEvaluator(Evaluator):
         if np.isnan(scores).any():
             msg = f"The model gave {np.isnan(scores).sum()} of {len(scores)} test images a score that is not a number."
             raise ValueError(msg)
-        found = {f"image_{name}": value for name, value in image_figures(scores, labels).items()}
+        found = {f"image_{name}": value for name, value in figures(scores, labels).items()}
         none = np.zeros((0, 1, 1), dtype=bool)
         maps, masks = (np.concatenate(parts) if parts else none for parts in (self._maps, self._masks))
         self._maps, self._masks = [], []

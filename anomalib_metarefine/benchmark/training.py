@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import torch
@@ -19,7 +19,6 @@ from anomalib.engine import Engine
 from anomalib.models.components import MemoryBankMixin
 from lightning import LightningModule, seed_everything
 
-from anomalib_metarefine.benchmark.coreset import quick_coreset
 from anomalib_metarefine.benchmark.images import MemoisedData
 from anomalib_metarefine.benchmark.memory import PeakMemory
 from anomalib_metarefine.benchmark.models import build, without_shortcuts
@@ -36,37 +35,6 @@ if TYPE_CHECKING:
 _TIMED, _WARM_UP = 16, 2  # images
 
 
-class Figures(NamedTuple):
-    """What one training gave and cost; see `table.Row`. NaN where something does not apply or can't be measured.
-
-    Attributes:
-        fit_seconds (float): Of fitting, without reading images and without the features that models share.
-        feature_seconds (float): Of computing those features for the training images, once.
-        test_seconds (float): Of the test, also without the two; metrics included.
-        images_per_second (float): One image at a time, as anomalib has the model: resize, backbone, score, map.
-        peak_memory_mb (float): Growth of the process's memory at its peak, from building the model to predicting with
-            it, without what is kept for other models and without the metrics.
-        model_mb (float): Parameters and buffers.
-        rejected (list[str] | None): Training images that the model's own refinement left out; ``None`` if it has none.
-    """
-
-    image_AUROC: float  # noqa: N815 (anomalib's names of the metrics)
-    image_AUPR: float  # noqa: N815
-    image_F1Max: float  # noqa: N815
-    pixel_AUROC: float  # noqa: N815
-    pixel_AUPR: float  # noqa: N815
-    pixel_AUPRO: float  # noqa: N815
-    pixel_AUPIMO: float  # noqa: N815
-    pixel_F1Max: float  # noqa: N815
-    fit_seconds: float
-    feature_seconds: float
-    test_seconds: float
-    images_per_second: float
-    peak_memory_mb: float
-    model_mb: float
-    rejected: list[str] | None
-
-
 def train_and_test(
     spec: ModelSpec,
     backbone: str,
@@ -76,7 +44,7 @@ def train_and_test(
     image_size: tuple[int, int],
     seed: int,
     memo: Memo,
-) -> Figures:
+) -> tuple[dict[str, float], list[str] | None]:
     """Train a model on some images, and test it on others.
 
     Args:
@@ -91,7 +59,9 @@ def train_and_test(
         memo (Memo): Images and features seen before.
 
     Returns:
-        Figures: The same, but for the seconds, whatever the memo holds.
+        tuple[dict[str, float], list[str] | None]: Figures and costs by their columns in `table.Row`, the same, but for
+            the seconds, whatever the memo holds; and the training images that the model's own refinement left out,
+            ``None`` if it has none.
 
     Raises:
         ValueError: If the model can't be built, or does not know when to stop training.
@@ -105,7 +75,7 @@ def train_and_test(
         LightningModule.on_validation_start,
         MemoryBankMixin.on_validation_start,
     )
-    with tempfile.TemporaryDirectory(prefix="metarefine-bench-") as folder, quick_coreset():
+    with tempfile.TemporaryDirectory(prefix="metarefine-bench-") as folder:
         engine = Engine(
             default_root_dir=folder,
             logger=False,
@@ -133,16 +103,16 @@ def train_and_test(
         engine.test(model, datamodule=data, verbose=False)
         test_seconds = time.perf_counter() - begin - (memo.seconds - shared)
     refinement = getattr(model, "refinement", None)
-    return Figures(
+    figures = {
         **model.evaluator.figures,
-        fit_seconds=fit_seconds,
-        feature_seconds=feature_seconds,
-        test_seconds=test_seconds,
-        images_per_second=images_per_second,
-        peak_memory_mb=peak,
-        model_mb=sum(part.nbytes for part in [*model.model.parameters(), *model.model.buffers()]) / 1e6,
-        rejected=None if refinement is None else list(refinement.rejected),
-    )
+        "fit_seconds": fit_seconds,
+        "feature_seconds": feature_seconds,
+        "test_seconds": test_seconds,
+        "images_per_second": images_per_second,
+        "peak_memory_mb": peak,
+        "model_mb": sum(part.nbytes for part in [*model.model.parameters(), *model.model.buffers()]) / 1e6,
+    }
+    return figures, None if refinement is None else list(refinement.rejected)
 
 
 def _length(spec: ModelSpec, model: AnomalibModule) -> dict[str, int]:
@@ -173,7 +143,7 @@ def _images_per_second(model: AnomalibModule, paths: Sequence[str]) -> float:
     return 1 / median(seconds[_WARM_UP:])
 
 
-def hush() -> None:
+def quiet() -> None:
     """Keep hundreds of trainings from printing what anomalib and Lightning say about each."""
     for name in ("anomalib", "lightning", "lightning.pytorch", "lightning_fabric", "timm"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -59,13 +59,12 @@ def _roots(texts: list[str]) -> dict[str, str]:
 def _run(config: BenchConfig, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from anomalib_metarefine.benchmark.grid import LeftOut, plan
-    from anomalib_metarefine.benchmark.parallel import run
+    from anomalib_metarefine.benchmark.grid import LeftOut, plan, run
     from anomalib_metarefine.benchmark.table import ResultTable
-    from anomalib_metarefine.benchmark.training import hush
+    from anomalib_metarefine.benchmark.training import quiet
     from anomalib_metarefine.progress import progress_bars
 
-    hush()
+    quiet()
     out = options.out or Path("results") / f"{options.config.stem}.csv"
     out.parent.mkdir(parents=True, exist_ok=True)
     table = ResultTable(out)

@@ -14,15 +14,11 @@ References:
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
+from anomalib.models import Patchcore
 from anomalib.models.components import KCenterGreedy
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _AHEAD = 1024  # largest limits brought up to date at a time
 _ALIKE = 64  # of those, how many see the same centers
@@ -88,8 +84,10 @@ def select(sampler: KCenterGreedy) -> list[int]:
         point = coreset.farthest()
 
 
-@contextmanager
-def quick_coreset() -> Iterator[None]:
-    """Let anomalib's models choose their coreset this way."""
-    with mock.patch.object(KCenterGreedy, "select_coreset_idxs", select):
-        yield
+class QuickPatchcore(Patchcore):
+    """anomalib's PatchCore, with the same memory in less time."""
+
+    def fit(self) -> None:
+        """See `Patchcore.fit`."""
+        with mock.patch.object(KCenterGreedy, "select_coreset_idxs", select):
+            super().fit()

@@ -28,9 +28,10 @@ from anomalib.visualization import Visualizer
 from sklearn.neighbors import LocalOutlierFactor
 
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
+from studies.baselines.patchcore import QuickPatchcore
 
 
-class SoftPatch(Patchcore):
+class SoftPatch(QuickPatchcore):
     """PatchCore whose memory leaves the most outlying training patches out and trusts the others by degrees.
 
     Every patch gets a local outlier factor among the patches of all training images at its grid position. The worst

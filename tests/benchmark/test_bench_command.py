@@ -62,7 +62,7 @@ def test_what_it_prints(config, tmp_path, monkeypatch, capsys):
         yield ROW
         yield LeftOut("parts", "no such folder")
 
-    monkeypatch.setattr("anomalib_metarefine.benchmark.parallel.run", run)
+    monkeypatch.setattr("anomalib_metarefine.benchmark.grid.run", run)
     out = tmp_path / "new" / "bench.csv"
     assert main(["bench", str(config), "--out", str(out), "--root", "parts=there", "--seeds", "4"]) == 1
     said = capsys.readouterr()

@@ -9,8 +9,7 @@ import yaml
 
 from anomalib_metarefine.benchmark import training
 from anomalib_metarefine.benchmark.config import BenchConfig
-from anomalib_metarefine.benchmark.grid import Curated, LeftOut, curated_images, plan, run_data_set
-from anomalib_metarefine.benchmark.parallel import run
+from anomalib_metarefine.benchmark.grid import Curated, LeftOut, curated_images, plan, run, run_data_set
 from anomalib_metarefine.benchmark.table import KEY, ResultTable, read_results
 
 MODELS = {

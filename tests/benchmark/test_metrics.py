@@ -8,7 +8,7 @@ from anomalib.data import ImageBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_metarefine.benchmark.metrics import ScoreEvaluator, image_figures, pixel_figures
+from anomalib_metarefine.benchmark.metrics import ScoreEvaluator, figures, pixel_figures
 
 CURVES = {"AUROC": upstream.AUROC, "AUPR": upstream.AUPR, "F1Max": upstream.F1Max}
 
@@ -35,9 +35,9 @@ def maps(seed, images, size, decimals=6):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=2, max_size=40))
-def test_image_figures_are_anomalibs_ties_included(rows):
+def test_figures_are_anomalibs_ties_included(rows):
     scores, labels = np.array([row[0] / 12 for row in rows]), np.array([row[1] for row in rows])
-    found = image_figures(scores, labels)
+    found = figures(scores, labels)
     if labels.all() or not labels.any():
         assert np.isnan(list(found.values())).all()
         return

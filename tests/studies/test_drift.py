@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from studies import drift
-from studies.drift import DEFECTIVE, GOOD, Lines, delay_rows, main, markdown, turns
+from studies.drift import DEFECTIVE, GOOD, Lines
 
 
 @pytest.fixture
@@ -35,38 +35,3 @@ def test_false_alarms_count_streams(scores):
     careless = lines(scores, rate=0.99, horizon=1)
     assert careless.false_alarms(5, 400, 0.0) == 5
     assert careless.false_alarms_of_halves(5, 400, 0.0) == 5
-
-
-def test_rows_name_every_turn(scores):
-    rows = delay_rows(scores, 200, 4, [0, 100], 150, seed=0)
-    assert [row[0] for row in rows] == ["far", "same"]
-    assert "100% found" in rows[0][3]
-    assert rows[1][3] == "0% found"
-
-
-def test_command_reads_scores_that_are_there(scores, tmp_path, capsys):
-    np.savez(tmp_path / "scores.npz", **scores)
-    small = ["--streams", "2", "--length", "100", "--turned", "2", "--references", "100", "--before", "0"]
-    assert main(["--scores", str(tmp_path / "scores.npz"), *small, "--after", "60"]) == 0
-    text = capsys.readouterr().out
-    assert "300 good and 50 defective" in text
-    assert "| far | " in text
-
-
-def test_command_says_what_is_wrong(tmp_path, capsys):
-    assert main(["--scores", str(tmp_path / "none.npz"), "--data", str(tmp_path)]) == 2
-    assert "drift: " in capsys.readouterr().err
-
-
-def test_turns_keep_shape_and_range():
-    torch = pytest.importorskip("torch")
-    image = torch.rand(3, 20, 30)
-    for name, turn in turns().items():
-        turned = turn(image)
-        assert turned.shape == image.shape, name
-        assert 0 <= turned.min() <= turned.max() <= 1
-        assert not torch.equal(turned, image)
-
-
-def test_markdown():
-    assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"

@@ -127,6 +127,23 @@ def share(contamination: float) -> str:
     return f"{100 * contamination:.4g} %"
 
 
+def with_training_seconds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of raw trainings that ran, with ``training_seconds``: fitting, and the features where they are shared."""
+    raw = rows[(rows.training == "raw") & (rows.reason == "")]
+    return raw.assign(training_seconds=raw.fit_seconds + raw.feature_seconds.fillna(0))
+
+
+def on_machine(machine: str, jobs: int) -> str:
+    """A machine in words.
+
+    Example:
+        >>> on_machine("2 cores, x86", 2)
+        '2 cores, x86, shared by 2 processes'
+    """
+    name = machine or "a machine that was not named"
+    return name if int(jobs) == 1 else f"{name}, shared by {jobs} processes"
+
+
 def common_cells(rows: pd.DataFrame, figure: str, lines: Sequence[str], cell: Sequence[str] = CELL) -> pd.DataFrame:
     """The cells where everything that is compared has a figure: averages over others would compare unlike things.
 

@@ -1,4 +1,8 @@
-"""The figures of the paper: clean, corrupted and refined; every class; the average (its figures 1, 4 and 5)."""
+"""The paper's figures 1, 4 and 5 (clean, corrupted, refined; every class; the average), and contamination curves.
+
+Every function takes the rows of one scenario, from `cells.scenarios`, and how the models look; it yields pictures, or
+one without a figure that says what is missing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from anomalib_metarefine.benchmark.report.cells import (
     CELL,
@@ -25,19 +30,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CHANCE = 50  # per cent image AUROC
+_LINE = ["model", "training", "contamination"]
+_DASHES = {"raw": "-", "curated": (0, (4, 2))}
 # The bars of the paper's figure 1: what they are called, which model and which training they are of.
 BARS = (("clean", UNREFINED, "clean"), ("corrupted", UNREFINED, "raw"), ("refined", REFINED, "raw"))
 
 
 def paper_bars(rows: pd.DataFrame, _style: Style) -> Iterator[Picture]:
-    """MetaRefine on clean images, on dirty ones, and refined: the paper's figure 1.
-
-    Args:
-        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
-
-    Yields:
-        Picture: One.
-    """
+    """MetaRefine on clean images, on dirty ones, and refined: the paper's figure 1."""
     name, title = "clean_corrupted_refined", "Clean, corrupted, refined"
     bars = _bars_of(rows[rows.contamination > 0])
     if bars.empty:
@@ -85,15 +85,7 @@ def _bars_of(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_class(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
-    """Image AUROC of every class: the paper's figure 4, one for each contamination.
-
-    Args:
-        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
-        style (Style): How the models look.
-
-    Yields:
-        Picture: One per contamination.
-    """
+    """Image AUROC of every class: the paper's figure 4, one for each contamination."""
     raw = rows[(rows.training == "raw") & rows.image_AUROC.notna()]
     for contamination, part in raw.groupby("contamination"):
         models = [model for model in style.models if model in set(part.model)]
@@ -125,15 +117,7 @@ def by_class(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
 
 
 def overall(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
-    """The average over data sets: the paper's figure 5.
-
-    Args:
-        rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
-        style (Style): How the models look.
-
-    Yields:
-        Picture: One.
-    """
+    """The average over data sets: the paper's figure 5."""
     raw = rows[rows.training == "raw"]
     wides = {one: common_cells(part, "image_AUROC", ["model"]) for one, part in raw.groupby("contamination")}
     averages = {one: macro_average(wide) for one, wide in wides.items() if len(wide)}
@@ -167,6 +151,71 @@ def overall(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
         f"that all models of a group have. {cells}. Bars begin at chance, 50 %.",
         figure,
     )
+
+
+def against_contamination(rows: pd.DataFrame, style: Style) -> Iterator[Picture]:
+    """Image AUROC against contamination: a panel for each data set, and one for their average."""
+    name, title = "against_contamination", "Accuracy against contamination"
+    rows = rows[rows.training.isin(_DASHES) & rows.image_AUROC.notna()]
+    if rows.contamination.nunique() < 2:
+        yield Picture(name, title, "There are figures for fewer than two contaminations.")
+        return
+    panels = [(data, _curves(part)) for data, part in rows.groupby("data")]
+    caption = ""
+    if len(panels) > 1:
+        wide = common_cells(rows, "image_AUROC", _LINE)
+        if len(wide):
+            panels.append(("average", _curves(rows)))
+            caption = f" The average is over the cells that every line has everywhere: {spell(wide)}."
+        else:
+            caption = " There is no average, as no cell has every line everywhere."
+    columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
+    height = -(-len(panels) // columns)
+    figure, axes = canvas(max(7.8, 3.6 * columns + 0.6), 3.2 * height + 1, height, columns, sharex=True)
+    for ax, (data, curves) in zip(axes.flat, panels, strict=False):
+        _draw_curves(ax, curves, style)
+        ax.set_title(data)
+        ax.set_xlabel("dirty training images, %")
+        ax.tick_params(labelbottom=True)
+        ax.set_xticks(sorted(100 * rows.contamination.unique()))
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("image AUROC, %")
+    for model in style.models:
+        if model in set(rows.model):
+            axes[0, 0].plot([], [], label=model, **style.line(model))
+    for training, dashes in _DASHES.items():
+        axes[0, 0].plot([], [], color="#555555", linestyle=dashes, label=f"trained {training}")
+    legend(figure, axes[0, 0])
+    yield Picture(
+        name,
+        title,
+        "Image AUROC, mean over seeds; bands: a standard deviation of the raw training to each side. Solid: trained on "
+        f"everything (raw); dashed: on what curation lets pass.{caption}",
+        figure,
+    )
+
+
+def _curves(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread in per cent, by `_LINE`: over seeds in one category, over common cells of several."""
+    if rows[CELL[:2]].drop_duplicates().shape[0] == 1:
+        found = rows.groupby(_LINE).image_AUROC.agg(["mean", "std"])
+    else:
+        average = macro_average(common_cells(rows, "image_AUROC", _LINE))
+        found = pd.DataFrame({"mean": average.mean, "std": average.sd})
+    return 100 * found
+
+
+def _draw_curves(axes: Axes, curves: pd.DataFrame, style: Style) -> None:
+    for (model, training), line in curves.groupby(["model", "training"]):
+        x = 100 * line.index.get_level_values("contamination").to_numpy()
+        look = style.line(model)
+        axes.plot(x, line["mean"], linestyle=_DASHES[training], linewidth=1.5, markersize=5, **look)
+        if training == "raw":
+            low, high = line["mean"] - line["std"].fillna(0), line["mean"] + line["std"].fillna(0)
+            axes.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 
 def _bars(

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from anomalib_metarefine.benchmark.markdown import escape, markdown
-from anomalib_metarefine.benchmark.report import curves, figures
-from anomalib_metarefine.benchmark.report.cells import Scenario, checked, model_order, scenarios, share
-from anomalib_metarefine.benchmark.report.costs import costs, on_machine
+from anomalib_metarefine.benchmark.report import figures
+from anomalib_metarefine.benchmark.report.cells import Scenario, checked, model_order, on_machine, scenarios, share
 from anomalib_metarefine.benchmark.report.drawing import Picture, Style, look
-from anomalib_metarefine.benchmark.report.gains import gains
 from anomalib_metarefine.benchmark.report.published import published_table
-from anomalib_metarefine.benchmark.report.tables import (
-    IMAGE,
-    IMAGE_AUROC,
-    LOST_TO_CLEAN,
-    LOST_TO_ZERO,
-    PIXEL,
-    comparison,
-    comparisons,
-    losses,
-)
+from anomalib_metarefine.benchmark.report.tables import IMAGE, IMAGE_AUROC, PIXEL, comparison, comparisons, costs, gains
+from anomalib_metarefine.benchmark.report.typeset import Table, pipe_table
 from anomalib_metarefine.benchmark.table import TRAININGS, label
 
 if TYPE_CHECKING:
@@ -29,16 +18,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from anomalib_metarefine.benchmark.report.typeset import Table
-
-_FIGURES = (
-    figures.paper_bars,
-    curves.against_contamination,
-    figures.overall,
-    figures.by_class,
-    curves.rejection,
-    curves.against_cost,
-)
+_FIGURES = (figures.paper_bars, figures.against_contamination, figures.overall, figures.by_class)
 _HOW_TO_READ = """\
 Every model is trained on a folder of images that are said to be good, of which a known share is not: **raw** on
 everything, **curated** on what `curate` lets pass, **repaired** on the same with the places that look unusual
@@ -49,7 +29,7 @@ what a user gets from a dirty folder; the distance to clean is what the dirt cos
 Figures are means over seeds ± their standard deviation; a seed draws the images, the dirt among them and all
 initialisations. Averages count every data set the same, in a data set every category, and take in only cells (data
 set, category, seed) where all that is compared has a figure, so that no model is better off for what it could not
-run. Footnotes name the cells. "-": could not be run, with the reason in a footnote; an empty place: not run yet."""
+run. Numbers in brackets lead to footnotes, which name the cells. "-": could not be run; an empty place: not run yet."""
 
 
 class File(NamedTuple):
@@ -111,8 +91,6 @@ def _files(rows: pd.DataFrame, scenario: Scenario, published: bool) -> Iterator[
         "image_auroc", "Image AUROC of every model, data set and contamination", comparisons(rows, [IMAGE_AUROC])
     )
     yield File("curation", "What curation and refinement give: raw, curated, clean, recovered share", gains(rows))
-    lost = [table for metric in (LOST_TO_CLEAN, LOST_TO_ZERO) for table in comparisons(losses(rows, metric), [metric])]
-    yield File("loss", "Points lost to the dirt, each model against itself", lost)
     yield File("pixel", "Pixel metrics, where there are masks", comparisons(rows, PIXEL))
     yield File("image_other", "Other image metrics", comparisons(rows, IMAGE))
     yield File("cost", "Seconds, images per second, memory", costs(rows))
@@ -123,7 +101,7 @@ def _files(rows: pd.DataFrame, scenario: Scenario, published: bool) -> Iterator[
 def _write(file: File, folder: Path) -> list[Path]:
     paths = [folder / f"{file.stem}.md", folder / f"{file.stem}.tex"]
     paths[0].write_text("\n".join([f"# {file.title}\n", *(one.markdown() for one in file.tables)]), encoding="utf-8")
-    head = "% Needs \\usepackage{booktabs} and UTF-8.\n\n"
+    head = "% Needs \\usepackage{booktabs,longtable} and UTF-8.\n\n"
     paths[1].write_text(head + "\n".join(one.latex() for one in file.tables), encoding="utf-8")
     return paths
 
@@ -133,7 +111,7 @@ def _index(files: Iterable[File], pictures: Iterable[Picture], link: str) -> Ite
     yield "\n".join(f"- [{one.title}]({link}{one.stem}.md) ([LaTeX]({link}{one.stem}.tex))" for one in files)
     yield "### Figures"
     for picture in pictures:
-        yield f"**{picture.title}.** {escape(picture.caption)}"
+        yield f"**{picture.title}.** {picture.caption}"
         if picture.figure is not None:
             path = f"{link}{picture.name}"
             yield f"![{picture.title}]({path}.svg)\n\n([PNG]({path}.png))"
@@ -142,14 +120,8 @@ def _index(files: Iterable[File], pictures: Iterable[Picture], link: str) -> Ite
 def _what_was_run(rows: pd.DataFrame) -> Iterator[str]:
     ran = rows[rows.reason == ""]
     yield "## What was run"
-    yield markdown(
-        ["data", "image size", "training images", "good / defective test images", "dirty", "seeds"],
-        [_data(*place, part) for place, part in rows.groupby(["data", "category"])],
-    )
-    yield markdown(
-        ["model", "settings", "backbone", "trainings", "cells run", "not run"],
-        [_model(model, rows[rows.model == model]) for model in model_order(rows.model)],
-    )
+    yield pipe_table(_data(*place, part) for place, part in rows.groupby(["data", "category"]))
+    yield pipe_table(_model(model, rows[rows.model == model]) for model in model_order(rows.model))
     machines = sorted({on_machine(*one) for one in ran[["machine", "jobs"]].itertuples(index=False, name=None)})
     dates = sorted(ran.date[ran.date != ""])
     facts = {
@@ -157,35 +129,36 @@ def _what_was_run(rows: pd.DataFrame) -> Iterator[str]:
         "Machines": "; ".join(machines),
         "Dates": " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "",
     }
-    yield "\n".join(f"- {name}: {escape(fact) or 'not stated'}" for name, fact in facts.items())
+    yield "\n".join(f"- {name}: {fact or 'not stated'}" for name, fact in facts.items())
     yield "## Could not be run"
     failed = rows[rows.reason != ""]
     lines = [f"- {_failure(reason, part, rows)}" for reason, part in failed.groupby("reason")]
     yield "\n".join(lines) or "Every cell in the results ran."
 
 
-def _data(data: str, category: str, rows: pd.DataFrame) -> list[str]:
-    images = int(rows.train_images.iloc[0])
+def _data(data: str, category: str, rows: pd.DataFrame) -> dict[str, str]:
     tested = rows[rows.reason == ""]
     counts = [_range(tested[name].astype(int)) for name in ("test_normal", "test_abnormal")]
-    dirty = ", ".join(map(share, sorted(rows.contamination.unique())))
-    seeds = ", ".join(map(str, sorted(rows.seed.unique())))
-    return [
-        escape(label(data, category)),
-        rows.image_size.iloc[0],
-        str(images or "all"),
-        " / ".join(counts),
-        dirty,
-        seeds,
-    ]
+    return {
+        "data": label(data, category),
+        "image size": rows.image_size.iloc[0],
+        "training images": str(int(rows.train_images.iloc[0]) or "all"),
+        "good / defective test images": " / ".join(counts),
+        "dirty": ", ".join(map(share, sorted(rows.contamination.unique()))),
+        "seeds": ", ".join(map(str, sorted(rows.seed.unique()))),
+    }
 
 
-def _model(model: str, rows: pd.DataFrame) -> list[str]:
-    settings = "; ".join(f"`{text.replace('|', '/')}`" for text in sorted(rows.settings.unique()))
-    trainings = ", ".join(training for training in TRAININGS if training in set(rows.training))
+def _model(model: str, rows: pd.DataFrame) -> dict[str, str]:
     failed = int((rows.reason != "").sum())
-    backbones = escape(", ".join(sorted(rows.backbone.unique())))
-    return [escape(model), settings, backbones, trainings, str(len(rows) - failed), str(failed)]
+    return {
+        "model": model,
+        "settings": "; ".join(f"`{text}`" for text in sorted(rows.settings.unique())),
+        "backbone": ", ".join(sorted(rows.backbone.unique())),
+        "trainings": ", ".join(training for training in TRAININGS if training in set(rows.training)),
+        "cells run": str(len(rows) - failed),
+        "not run": str(failed),
+    }
 
 
 def _range(counts: pd.Series) -> str:
@@ -203,4 +176,4 @@ def _failure(reason: str, part: pd.DataFrame, rows: pd.DataFrame) -> str:
     )
     dirty = ", ".join(map(share, sorted(part.contamination.unique())))
     cells = f"{len(part)} cell{'s' * (len(part) > 1)}"
-    return f"{escape(who)} on {escape(where)} at {dirty} ({cells}): {escape(reason)}"
+    return f"{who} on {where} at {dirty} ({cells}): {reason}"

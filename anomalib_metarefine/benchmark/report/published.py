@@ -16,22 +16,25 @@ from anomalib_metarefine.benchmark.report.cells import (
     share,
     spell,
 )
-from anomalib_metarefine.benchmark.report.tables import IMAGE_AUROC, spread
-from anomalib_metarefine.benchmark.report.typeset import Cell, Table
+from anomalib_metarefine.benchmark.report.tables import IMAGE_AUROC
+from anomalib_metarefine.benchmark.report.typeset import Notes, Table, spread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import pandas as pd
 
+HERE = "the method, run here"
+_ALIKE = 0.01  # shares of dirty images that are put side by side
+
 
 def read_published() -> Mapping[str, Any]:
-    """``published.yaml``: ``data_sets`` and ``figures``."""
+    """``published.yaml``: ``data_sets``, ``protocols`` and ``figures``."""
     return yaml.safe_load(files(__package__).joinpath("published.yaml").read_text(encoding="utf-8"))
 
 
 def published_table(rows: pd.DataFrame, scenario: Scenario) -> Table:
-    """What others state, and what our raw training gave on the same data at the same contamination.
+    """What others state, and what our raw training gave on the same data at the same share of dirty images.
 
     Args:
         rows (pd.DataFrame): Of one scenario, from `cells.scenarios`.
@@ -41,47 +44,44 @@ def published_table(rows: pd.DataFrame, scenario: Scenario) -> Table:
         Table: A row per published figure. Ours are empty where there are none, with the command that would fill them.
     """
     content = read_published()
-    raw = rows[rows.training == "raw"]
-    body: list[list[Cell | str]] = []
-    breaks, previous = set(), None
+    raw, notes, lines = rows[rows.training == "raw"], Notes(), []
     for figure in content["figures"]:
-        if figure["method"] != previous:
-            breaks.add(len(body))
-            previous = figure["method"]
         data_set = content["data_sets"][figure["data_set"]]
-        body.append([*_theirs(figure, data_set), *_ours(raw, figure, data_set)])
+        protocol = figure["protocol"]
+        lines.append(
+            {
+                "method": figure["method"],
+                "arXiv": figure["arxiv"],
+                "data": data_set["name"],
+                "protocol": notes.mark(protocol, content["protocols"][protocol.partition(":")[0]]),
+                "dirty": share(figure["contamination"]),
+                "published": notes.mark(str(figure["value"]), figure.get("note", "")),
+                **_ours(raw, figure, data_set, notes),
+            }
+        )
     return Table(
         "Published figures of other methods",
-        ["method", "arXiv", "data", "dirty", "protocol", "metric", "published", "the method, run here", REFINED],
-        body,
-        labels=6,
-        text="Published figures are copied from the papers: other backbones, image sizes and draws of dirty images, so "
-        "they are no ranking. Empty: not known, or not run. Run here: trained on everything in the folder, in per "
-        f"cent, mean ± standard deviation over seeds; {scenario}.",
-        breaks=breaks,
+        lines,
+        "Image AUROC in per cent. Published figures are copied from the papers: other backbones, image sizes, "
+        "protocols and draws of dirty images, so they are no ranking. Dirty: share of the training set that is "
+        f"defective. Run here: trained on everything in the folder, mean ± standard deviation over seeds; {scenario}.",
+        notes,
     )
 
 
-def _theirs(figure: Mapping[str, Any], data_set: Mapping[str, Any]) -> list[Cell | str]:
-    dirty = "" if figure["contamination"] is None else share(figure["contamination"])
-    texts = [figure[name] or "" for name in ("protocol", "metric")]
-    value = Cell(str(figure["value"]), note=figure["note"] or "")
-    return [figure["method"], figure["arxiv"] or "", data_set["name"], dirty, *texts, value]
-
-
-def _ours(raw: pd.DataFrame, figure: Mapping[str, Any], data_set: Mapping[str, Any]) -> list[Cell]:
+def _ours(raw: pd.DataFrame, figure: Mapping[str, Any], data_set: Mapping[str, Any], notes: Notes) -> dict[str, str]:
     """Figures of the same method and of MetaRefine, on the same cells."""
     name, models = figure["data_set"], [figure["method"], REFINED]
-    if figure["contamination"] is None:
-        return [Cell(""), Cell("", note="Which of our contaminations to compare with is not known.")]
-    same = raw[(raw.data == name) & (raw.contamination == figure["contamination"]) & raw.model.isin(models)]
+    near = (raw.contamination - figure["contamination"]).abs() < _ALIKE
+    same = raw[(raw.data == name) & near & raw.model.isin(models)]
     wide = common_cells(same, IMAGE_AUROC.column, ["model"])
     if wide.empty:
-        command = f"metarefine bench {data_set['config']} --root {name}=DIR"
-        return [Cell(""), Cell("", note=f"To be filled by: {command}")]
+        command = f"`metarefine bench {data_set['config']} --root {name}=DIR`"
+        note = f"To be filled by {command}, with this share in the file." if data_set["config"] else ""
+        return {HERE: "", REFINED: notes.mark("", note)}
     average = macro_average(wide)
     categories = len(wide.reset_index()[CELL[:2]].drop_duplicates())
     few = categories < data_set["categories"]
     note = f"Over {spell(wide)}." + (f" Of {data_set['categories']} categories, so not comparable." if few else "")
-    own, ours = (Cell(spread(average.mean[m], average.sd[m]) if m in wide else "") for m in models)
-    return [own, Cell(ours.text, note=note)]
+    own, ours = (spread(average.mean[m], average.sd[m]) if m in wide else "" for m in models)
+    return {HERE: own, REFINED: notes.mark(ours, note)}

@@ -1,106 +1,97 @@
-"""One table, set in Markdown and in LaTeX."""
+"""One table as Markdown and as LaTeX, both by pandas."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.benchmark import markdown
-from anomalib_metarefine.benchmark.report import latex
+import pandas as pd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-_LONGEST = 45  # rows on a page of LaTeX
+    from collections.abc import Iterable, Mapping
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What stands in a table.
+class Notes(dict[str, int]):
+    """Footnotes by their text, in the order they come up; the same text is set once.
 
-    Attributes:
-        text (str): Not escaped.
-        bold (bool): Whether it is the best.
-        note (str): Footnote; the same text is set once.
+    Example:
+        >>> notes = Notes()
+        >>> notes.mark("-", "no network"), notes.mark("90.1", ""), notes.mark("-", "no network")
+        ('- [1]', '90.1', '- [1]')
     """
 
-    text: str
-    bold: bool = False
-    note: str = ""
+    def mark(self, text: str, note: str) -> str:
+        """The text with the number of its footnote; without a footnote as it is."""
+        return f"{text} [{self.setdefault(note, len(self) + 1)}]".lstrip() if note else text
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table that does not know how it will be set.
+    """A table of texts.
 
     Attributes:
         title (str): Above it.
-        header (list[str]): Titles of its columns.
-        rows (list[list[Cell | str]]): Its cells.
-        labels (int): Columns from the left that hold words rather than numbers.
+        lines (list[dict[str, str]]): Its rows, text by column.
         text (str): What to know to read it.
-        breaks (set[int]): Rows where something new begins.
+        notes (Mapping[str, int]): Its footnotes; see `Notes`.
+        best (list[set[str]]): For every row the columns that are bold; none if empty.
     """
 
     title: str
-    header: list[str]
-    rows: list[list[Cell | str]]
-    labels: int
+    lines: list[dict[str, str]]
     text: str = ""
-    breaks: set[int] = field(default_factory=set)
+    notes: Mapping[str, int] = field(default_factory=dict)
+    best: list[set[str]] = field(default_factory=list)
 
     def markdown(self, level: int = 2) -> str:
         """Heading of a level, text, table and footnotes."""
-        marks: dict[str, str] = {}
-        rows = _set(self.rows, markdown.escape, "**{}**".format, "<sup>{}</sup>".format, marks)
-        # Two spaces make a line break.
-        notes = "  \n".join(f"<sup>{mark}</sup> {markdown.escape(note)}" for note, mark in marks.items())
-        title, text, *header = map(markdown.escape, [self.title, self.text, *self.header])
-        return (
-            "\n\n".join(filter(None, [f"{'#' * level} {title}", text, markdown.markdown(header, rows), notes])) + "\n"
-        )
+        lines = [
+            {name: f"**{text}**" if name in best else text for name, text in line.items()}
+            for line, best in zip(self.lines, self._best(), strict=True)
+        ]
+        table = pipe_table(lines)
+        notes = "  \n".join(self._footnotes())  # two spaces make a line break
+        return "\n\n".join(filter(None, [f"{'#' * level} {self.title}", self.text, table, notes])) + "\n"
 
     def latex(self) -> str:
-        """A float, or several where one page would not hold it."""
-        floats = []
-        begins = range(0, max(len(self.rows), 1), _LONGEST)
-        for begin in begins:
-            marks: dict[str, str] = {}
-            part = self.rows[begin : begin + _LONGEST]
-            rows = _set(part, latex.escape, "\\textbf{{{}}}".format, "$^{{{}}}$".format, marks)
-            caption = f"{self.title} (continued)" if begin else ". ".join(filter(None, [self.title, self.text]))
-            notes = [f"$^{{{mark}}}$ {latex.escape(note)}" for note, mark in marks.items()]
-            header = [*map(latex.escape, self.header[: self.labels]), *map(latex.title, self.header[self.labels :])]
-            breaks = {place - begin for place in self.breaks}
-            floats.append(latex.table(header, rows, self.labels, breaks, latex.escape(caption), notes))
-        return "\n\n".join(floats) + "\n"
+        r"""A ``longtable`` with a caption, for the packages longtable and booktabs (``\textbf`` for the best)."""
+        frame = pd.DataFrame(self.lines).fillna("")
+        bold = [["textbf:--rwrap;" if name in best else "" for name in frame] for best in self._best()]
+        styles = pd.DataFrame(bold, frame.index, frame.columns)
+        style = frame.style.apply(lambda _: styles, axis=None).format(escape="latex").hide(axis="index")
+        style = style.format_index(escape="latex", axis="columns")
+        caption = re.sub(r"([%&_#$])", r"\\\1", ". ".join(filter(None, [self.title, self.text])))
+        table = style.to_latex(environment="longtable", hrules=True, caption=caption)
+        notes = [re.sub(r"([%&_#$])", r"\\\1", note) for note in self._footnotes()]
+        return "\n\n".join([table.rstrip("\n"), *notes]) + "\n"
+
+    def _best(self) -> list[set[str]]:
+        return self.best or [set()] * len(self.lines)
+
+    def _footnotes(self) -> list[str]:
+        return [f"[{number}] {' '.join(note.split())}" for note, number in self.notes.items()]
 
 
-def _set(
-    rows: list[list[Cell | str]],
-    escape: Callable[[str], str],
-    bold: Callable[[str], str],
-    mark: Callable[[str], str],
-    marks: dict[str, str],
-) -> list[list[str]]:
-    """Cells as text; ``marks`` collects footnotes in the order they come up."""
-
-    def one(cell: Cell | str) -> str:
-        if isinstance(cell, str):
-            return escape(cell)
-        text = bold(escape(cell.text)) if cell.bold else escape(cell.text)
-        if not cell.note:
-            return text
-        return text + mark(marks.setdefault(cell.note, _letters(len(marks))))
-
-    return [[one(cell) for cell in row] for row in rows]
-
-
-def _letters(place: int) -> str:
-    """``a``, ..., ``z``, ``aa``, ``ab``, ...
+def pipe_table(lines: Iterable[Mapping[str, str]]) -> str:
+    r"""Rows of texts as a table in Markdown.
 
     Example:
-        >>> _letters(0), _letters(25), _letters(26), _letters(52)
-        ('a', 'z', 'aa', 'ba')
+        >>> print(pipe_table([{"a": "1 | 2", "b": "3"}]))
+        | a      | b   |
+        |:-------|:----|
+        | 1 \| 2 | 3   |
     """
-    return (_letters(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)
+    frame = pd.DataFrame(list(lines)).fillna("").map(lambda text: text.replace("|", "\\|"))
+    return frame.to_markdown(index=False, disable_numparse=True)
+
+
+def spread(mean: float, deviation: float) -> str:
+    """A share in per cent, with its standard deviation if there is one.
+
+    Example:
+        >>> spread(0.912, 0.004), spread(0.912, float("nan"))
+        ('91.2 ± 0.4', '91.2')
+    """
+    text = f"{100 * mean:.1f}"
+    return text if pd.isna(deviation) else f"{text} ± {100 * deviation:.1f}"

@@ -1,13 +1,11 @@
-import math
 import re
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 
-from anomalib_metarefine.benchmark.report import curves, figures
+from anomalib_metarefine.benchmark.report import figures
 from anomalib_metarefine.benchmark.report.cells import REFINED, UNREFINED, checked, scenarios
 from anomalib_metarefine.benchmark.report.drawing import Picture, Style, canvas, legend, look
 from tests.benchmark.report.made_up import DATA, MODELS, failed, results
@@ -17,9 +15,7 @@ ALL = (
     figures.paper_bars,
     figures.by_class,
     figures.overall,
-    curves.against_contamination,
-    curves.rejection,
-    curves.against_cost,
+    figures.against_contamination,
 )
 
 
@@ -70,7 +66,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(function):
         assert outside(picture) == []
 
 
-@pytest.mark.parametrize("function", [figures.paper_bars, curves.against_contamination, curves.rejection])
+@pytest.mark.parametrize("function", [figures.paper_bars, figures.against_contamination])
 def test_one_data_set_is_enough(function):
     (picture,) = draw(function, results(data=DATA[:1], seeds=(0,)))
     assert outside(picture) == []
@@ -137,7 +133,7 @@ def test_bars_begin_at_chance_or_below_the_worst():
 
 def test_curves_of_raw_and_curated_and_their_average():
     rows = failed(ROWS, "too few", data="flat", contamination=0.4, model="DFM")
-    (picture,) = draw(curves.against_contamination, rows)
+    (picture,) = draw(figures.against_contamination, rows)
     panels = {axes.get_title(): axes for axes in picture.figure.axes if axes.get_title()}
     assert list(panels) == ["flat", "made-up-belts", "made-up-cells", "made-up-parts", "average"]
     lines = [line for line in panels["average"].get_lines() if len(line.get_xdata())]
@@ -153,34 +149,9 @@ def test_curves_of_raw_and_curated_and_their_average():
 def test_no_average_without_common_cells():
     rows = ROWS[ROWS.data.isin(["flat", "made-up-cells"])]
     rows = rows[(rows.data == "flat") == (rows.model == "DFM")]
-    (picture,) = draw(curves.against_contamination, rows)
+    (picture,) = draw(figures.against_contamination, rows)
     assert [axes.get_title() for axes in picture.figure.axes] == ["flat", "made-up-cells"]
     assert "There is no average" in picture.caption
-
-
-def test_rejection_of_curation_and_of_the_model_itself():
-    (picture,) = draw(curves.rejection, ROWS[(ROWS.data == "made-up-cells") & ROWS.model.isin([REFINED, UNREFINED])])
-    precision, recall = picture.figure.axes
-    assert legend_of(picture) == ["curation", "MetaRefine's own refinement"]
-    # The curation's own figures are those of other models than the one that refines itself besides.
-    other = ROWS[(ROWS.data == "made-up-cells") & (ROWS.model == UNREFINED) & (ROWS.training == "curated")]
-    expected = 100 * other[other.contamination > 0].groupby("contamination").recall.mean()
-    np.testing.assert_allclose(recall.get_lines()[0].get_ydata().astype(float), expected)
-    np.testing.assert_allclose(precision.get_lines()[0].get_xdata().astype(float), [20, 40])
-    (picture,) = draw(curves.rejection, ROWS[ROWS.data == "flat"])  # nothing is rejected
-    assert [len(line.get_xdata()) for line in picture.figure.axes[0].get_lines()[:1]] == [0]
-
-
-def test_accuracy_against_cost():
-    rows = pd.concat([ROWS, results(models=MODELS[:4], shares=(0.0,), seeds=(9,), machine="another")])
-    rows["images_per_second"] = rows.images_per_second.where(rows.model != "DFM")
-    (picture,) = draw(curves.against_cost, rows)
-    assert "on no machine:" in picture.caption
-    seconds, speed, *_ = picture.figure.axes
-    assert [line.get_label() for line in speed.get_lines()] == [REFINED, UNREFINED, "FastFlow"]
-    raw = ROWS[(ROWS.training == "raw") & (ROWS.model == "FastFlow")]
-    expected = math.exp(np.log(raw.fit_seconds + raw.feature_seconds).mean())
-    assert seconds.get_lines()[3].get_xdata()[0] == pytest.approx(expected)
 
 
 def test_models_can_be_told_apart_in_grey():
