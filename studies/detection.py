@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from anomalib_metarefine.refinement.posterior import estimate_contamination, further_scales
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.refinement.engine import FitSettings
-from anomalib_metarefine.refinement.posterior import estimate_contamination, further_scales
 from studies.common import (
     Features,
     add_grid,

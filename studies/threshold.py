@@ -30,9 +30,9 @@ from matplotlib import pyplot as plt
 from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score
 from anomalib_metarefine.density.gaussian import PositionalGaussian
-from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.deploy.threshold import calibrate
+from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.refinement.engine import FitSettings
 from studies.common import features_of, markdown, new_fitter

@@ -24,7 +24,7 @@ from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.images.quality import ImageFacts
-from anomalib_metarefine.images.sources import EXTENSIONS, some
+from anomalib_metarefine.images.sources import EXTENSIONS, listing
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import Result, refine_images
 from anomalib_metarefine.refinement.rules import get_rule, q_values
@@ -197,7 +197,7 @@ def _known(decisions: Decisions | Sequence[Decisions] | None, facts: dict[str, I
     table = read(decisions)
     nameless = (table.sha256 == "") & ~table.image_path.isin(list(facts))
     if nameless.any():
-        msg = f"{decisions} has decisions on images that are not here: {some(table.image_path[nameless].tolist())}. "
+        msg = f"{decisions} has decisions on images that are not here: {listing(table.image_path[nameless].tolist())}. "
         raise ValueError(msg + "Paths must be relative to the root; the sha256 of an image always finds it.")
     hashes = [row.sha256 or facts[row.image_path].sha256 for row in table.itertuples()]
     return dict(zip(hashes, table.decision, strict=True))

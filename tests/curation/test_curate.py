@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from anomalib_metarefine.refinement.posterior import estimate_contamination
 from PIL import Image
 
 from anomalib_metarefine.cli import main
@@ -13,7 +14,6 @@ from anomalib_metarefine.curation.curate import _rejected_since, curate
 from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.refinement.engine import FitSettings
-from anomalib_metarefine.refinement.posterior import estimate_contamination
 from anomalib_metarefine.refinement.rounds import Refinement, Round
 from tests.conftest import folder, part, plate
 from tests.curation.test_manifest import visible

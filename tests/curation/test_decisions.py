@@ -3,11 +3,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 import pytest
+from anomalib_metarefine.refinement.posterior import estimate_contamination
 
 from anomalib_metarefine.curation.decisions import Answer, append, decide, load, read, remember
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.questions import template
-from anomalib_metarefine.refinement.posterior import estimate_contamination
 from tests.curation.test_manifest import make_manifest
 
 NAMES = [f"{i}.png" for i in range(6)]
