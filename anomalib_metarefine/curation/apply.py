@@ -96,8 +96,7 @@ def apply(
     broken = [repr(path) for path in table.image_path if mode == "list" and len(path.splitlines()) > 1]
     if broken:
         msg = (
-            f"{len(broken)} file names have line breaks, which a list can't hold: "
-        msg += f"{listing(broken)}. Use another mode."
+            f"{len(broken)} file names have line breaks, which a list can't hold: {listing(broken)}. Use another mode."
         )
         raise ValueError(msg)
     names = list(dict.fromkeys(folders.values()))
