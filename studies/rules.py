@@ -18,9 +18,9 @@ import matplotlib as mpl
 import numpy as np
 
 mpl.use("Agg")
+from anomalib_metarefine.refinement.posterior import further_scales
 from matplotlib import pyplot as plt
 
-from anomalib_metarefine.refinement.posterior import further_scales
 from anomalib_metarefine.refinement.rules import RULES, get_rule
 from anomalib_metarefine.robust import lower_side_scale
 
