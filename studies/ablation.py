@@ -61,7 +61,7 @@ REFINEMENTS: dict[str, dict[str, Any]] = {
         "neighbour_weight": 0.0,
         "likeness_weight": 0.0,
         "rule": "iqr",
-    },  # the paper's
+    },
 }
 _CHUNK = 64  # test images at a time
 

@@ -67,7 +67,8 @@ def run(
 
     Yields:
         dict[str, object] | str: A row: `KEY`, dirty ones among those looked at, images, dirty and rejected ones,
-            precision, recall, AUROC of the last score, rounds, seconds without the backbone; or why a training set can't be had.
+            precision, recall, AUROC of the last score, rounds, seconds without the backbone; or why a training set
+            can't be had.
     """
     for data_set in data:
         features: Features | None = None
