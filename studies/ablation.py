@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import itertools
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,27 +21,24 @@ from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.density.flow import image_score, position_code
+from anomalib_metarefine.density.flow import position_code
 from anomalib_metarefine.density.scorer import PatchScorer
+from anomalib_metarefine.features.embedding import image_score
 from anomalib_metarefine.model.initialisation import learn_together
-from anomalib_metarefine.refinement.engine import (
-    Density,
-    FitSettings,
-    learn_initialisation,
-    new_flow,
-    trainable,
-)
-from studies.common import add_grid, all_features, dirty_set, finished, markdown, new_fitter, record, spread
+from anomalib_metarefine.refinement.engine import Images, fit_density, learn_initialisation
+from anomalib_metarefine.settings import Settings
+from studies.common import add_grid, all_features, begin, dirty_set, finished, markdown, record, refine, spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from anomalib_metarefine.data.contamination import Contaminated
+    from anomalib_metarefine.density.flow import PatchFlow
+    from anomalib_metarefine.density.patch_density import PatchDensity
     from anomalib_metarefine.features.embedding import Whitening
     from anomalib_metarefine.features.store import FeatureStore
     from anomalib_metarefine.meta.maml import Parameters
-    from anomalib_metarefine.refinement.engine import DensityFitter
 
 KEY = ["data", "train_images", "contamination", "seed", "start", "refinement"]
 _TRAINED = {"meta_steps": 50, "meta_lr": 2e-3}
@@ -60,8 +55,13 @@ OTHERS = "MAML over other data sets"
 _FULL = "full training on what is kept"
 REFINEMENTS: dict[str, dict[str, Any]] = {
     "none": {"rounds": 0},
-    "neighbours": {"likeness_weight": 0.0},
-    "likelihood": {"likelihood_weight": 1.0, "neighbour_weight": 0.0, "rule": "iqr"},  # the paper's
+    "neighbours": {"likelihood_weight": 0.0, "likeness_weight": 0.0},
+    "likelihood": {
+        "likelihood_weight": 1.0,
+        "neighbour_weight": 0.0,
+        "likeness_weight": 0.0,
+        "rule": "iqr",
+    },
 }
 _CHUNK = 64  # test images at a time
 
@@ -142,84 +142,61 @@ class _Training:
         self.test = features[data_set.name].store.of(samples.image_path.astype(str).tolist()).images()
         self.labels = samples.label_index.to_numpy()
         self.backbone_seconds = features[data_set.name].seconds * len(self.store)
-        self.flow = new_flow(self.store.shape[1], FitSettings(), seed)
-        self.whitening = self.fitter({}).whitening
-        self.learned: dict[str, tuple[Whitening, Parameters, float]] = {}
+        self.learned: dict[str, tuple[Whitening, PatchFlow, Parameters, float]] = {}
 
     def measure(self, start: str, refinement: str) -> dict[str, Any]:
         """One row."""
-        whitening, initial, meta_seconds = self.initialisation(start)
+        *initial, meta_seconds = self.initialisation(start)
         begin = time.perf_counter()
-        fitter = self.fitter(REFINEMENTS[refinement], whitening, initial)
-        kept = np.ones(len(self.store), dtype=bool)
-        if refinement == "likelihood":
-            density, found = fitter.fit()
-            kept = np.array(found.kept)
-        elif refinement == "neighbours":
-            kept, fitter.learned = self.refined.kept, self.refined.learned
-        if start == _FULL:
-            density = self.fully_trained(fitter, kept)
-        elif refinement != "likelihood":
-            density = fitter.fit_kept(kept, initial)
+        found = refine((self.store, self.grid), self.seed, tuple(initial), **REFINEMENTS[refinement])
+        density = self.fully_trained(found.images, found.kept) if start == _FULL else found.density
         seconds = time.perf_counter() - begin
-        dirty = np.isin([self.store.paths[i] for i in fitter.order], list(self.dirty))
+        rejected, dirty = ~found.kept, np.isin(self.store.paths, list(self.dirty))
         scores, bits = self.score(density)
         return {
             "image_AUROC": roc_auc_score(self.labels, scores),
             "normal_bits": bits,
-            "rejected": int((~kept).sum()),
-            "precision": dirty[~kept].mean() if not kept.all() else float("nan"),
-            "recall": (~kept)[dirty].mean() if dirty.any() else float("nan"),
+            "rejected": int(rejected.sum()),
+            "precision": dirty[rejected].mean() if rejected.any() else float("nan"),
+            "recall": rejected[dirty].mean() if dirty.any() else float("nan"),
             "meta_seconds": meta_seconds,
             "fit_seconds": seconds,
             "backbone_seconds": self.backbone_seconds,
         }
 
-    def initialisation(self, start: str) -> tuple[Whitening, Parameters, float]:
-        """Global whitening, initialisation behind it, and the seconds it took."""
+    def initialisation(self, start: str) -> tuple[Whitening, PatchFlow, Parameters, float]:
+        """Global whitening, flow, its initialisation, and the seconds it took."""
         if start not in self.learned:
-            settings = dataclasses.replace(FitSettings(), **STARTS[start])
-            generator, begin = torch.Generator().manual_seed(self.seed), time.perf_counter()
-            if start == OTHERS:
-                others = [self._load(other, None, self.contamination)[:2] for other in self.others]
-                begin = time.perf_counter()
-                learned = learn_together(others, self.flow, settings, generator, Progress(disable=True))
-            elif start == _FULL:  # is trained when it is known on what
-                learned = self.whitening, trainable(self.flow)
+            settings = Settings(**(STARTS["random"] if start == _FULL else STARTS[start]))
+            others = (
+                [self._load(other, None, self.contamination)[:2] for other in self.others] if start == OTHERS else []
+            )
+            began = time.perf_counter()
+            if others:
+                learned = learn_together(others, settings, self.seed, Progress(disable=True))
             else:
-                learned = self.whitening, self.fitter(STARTS[start], self.whitening).meta_train()
-            self.learned[start] = (*learned, time.perf_counter() - begin)
+                images, flow, initial = begin((self.store, self.grid), self.seed, settings)
+                learned = images.whitening, flow, initial
+            self.learned[start] = (*learned, time.perf_counter() - began)
         return self.learned[start]
 
-    @cached_property
-    def refined(self) -> DensityFitter:
-        """After refinement by neighbours, which has nothing to do with the initialisation."""
-        fitter = self.fitter(REFINEMENTS["neighbours"] | {"meta_steps": 0}, self.whitening)
-        fitter.fit()
-        return fitter
-
-    def fully_trained(self, fitter: DensityFitter, kept: np.ndarray) -> Density:
+    def fully_trained(self, images: Images, kept: np.ndarray) -> PatchDensity:
         """The flow trained on the kept images from its random start, as long as the others are meta-trained."""
-        settings = dataclasses.replace(FitSettings(), **STARTS[_FULL])
-        trained = learn_initialisation(
-            [fitter.category(kept)], trainable(self.flow), fitter.loss, settings, fitter.generator, fitter.progress
-        )
-        return Density(fitter.whitening, fitter.fit_gaussian(kept), trained)
-
-    def fitter(
-        self, changes: dict[str, Any], whitening: Whitening | None = None, initial: Parameters | None = None
-    ) -> DensityFitter:
-        """Of these training images; the same random numbers for all."""
-        return new_fitter((self.store, self.grid), self.seed, self.flow, whitening, initial, **changes)
+        settings = Settings(adaptation_steps=0, **STARTS[_FULL])
+        whitening, flow, *_ = self.initialisation(_FULL)
+        part = Images(self.store.of([self.store.paths[i] for i in np.flatnonzero(kept)]), whitening, self.grid)
+        trained = learn_initialisation([part], flow, settings, self.seed, Progress(disable=True))
+        learned = np.ones((len(kept), len(images.positions)), dtype=bool)
+        return fit_density(images, kept, learned, flow, trained, settings, self.seed)
 
     @torch.no_grad()
-    def score(self, density: Density) -> tuple[np.ndarray, float]:
+    def score(self, density: PatchDensity) -> tuple[np.ndarray, float]:
         """Image scores of the test set, and the mean bits per dimension of the patches of its normal images."""
-        flow, scorer = copy.deepcopy(self.flow), PatchScorer()
+        flow, scorer = copy.deepcopy(density.flow), PatchScorer()
         flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
         scorer.load(density.whitening, density.gaussian, flow, position_code(*self.grid))
         maps = torch.cat([scorer(chunk) for chunk in self.test.split(_CHUNK)])
-        return image_score(maps, FitSettings().tail).numpy(), maps[self.labels == 0].mean().item()
+        return image_score(maps, Settings().tail).numpy(), maps[self.labels == 0].mean().item()
 
     def _load(
         self, data_set: DataSet, images: int | None, contamination: float
@@ -230,8 +207,8 @@ class _Training:
             store, grid = all_features(datamodule, data_set)
             self.known[data_set.name] = Features(store, grid, (time.perf_counter() - begin) / len(store))
         whole = self.known[data_set.name]
-        paths = datamodule.train_data.samples.image_path.astype(str).tolist()
-        return whole.store.of(paths), whole.grid, datamodule
+        paths = datamodule.train_data.samples.image_path.astype(str)
+        return whole.store.of(sorted(paths)), whole.grid, datamodule
 
 
 def summarise(rows: pd.DataFrame) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from rich.progress import Progress
 
 from anomalib_metarefine.data.contamination import Contaminated
+from anomalib_metarefine.density.patch_density import new_flow
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.extract import collect_features
-from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, new_flow
+from anomalib_metarefine.refinement.engine import Images, Result, fit_whitening, learn_initialisation, refine_images
+from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from anomalib_metarefine.benchmark.data_sets import DataSet
     from anomalib_metarefine.density.flow import PatchFlow
@@ -63,27 +63,23 @@ def features_of(paths: Iterable[str], data: DataSet) -> Features:
     return collect_features(files, backbone, OFFLINE_BACKBONE, data.image_size, 32, 4096, lambda _count: None)
 
 
-def new_fitter(
+def begin(features: Features, seed: int, settings: Settings) -> tuple[Images, PatchFlow, Parameters]:
+    """Images behind a whitening of their own, an untrained flow, and what meta-training makes of it."""
+    store, grid = features
+    flow = new_flow(store.shape[1], settings.dimensions, settings.blocks, settings.hidden, seed_for(seed, "flow"))
+    images = Images(store, fit_whitening([store], flow.dimensions, seed), grid)
+    return images, flow, learn_initialisation([images], flow, settings, seed, Progress(disable=True))
+
+
+def refine(
     features: Features,
     seed: int,
-    flow: PatchFlow | None = None,
-    whitening: Whitening | None = None,
-    initial: Parameters | None = None,
+    start: tuple[Whitening, PatchFlow, Parameters] | None = None,
+    answers: Mapping[int, bool] | None = None,
     **changes: Any,  # noqa: ANN401
-) -> DensityFitter:
+) -> Result:
     """The engine on these features, without bars; ``changes`` are settings that differ from the defaults."""
-    store, grid = features
-    settings = replace(FitSettings(), **changes)
-    return DensityFitter(
-        store,
-        flow or new_flow(store.shape[1], settings, seed),
-        grid,
-        settings,
-        torch.Generator().manual_seed(seed),
-        Progress(disable=True),
-        whitening=whitening,
-        initial=initial,
-    )
+    return refine_images(*features, Settings(**changes), seed, Progress(disable=True), start=start, answers=answers)
 
 
 def add_grid(parser: argparse.ArgumentParser, contamination: Sequence[float]) -> None:
@@ -108,6 +104,9 @@ def record(rows: Iterable[dict[str, object] | str], out: Path) -> None:
         if isinstance(row, str):
             print(row, flush=True)
             continue
+        if out.is_file() and (columns := pd.read_csv(out, nrows=0).columns.tolist()) != list(row):
+            msg = f"{out} has the columns {columns}, expected {list(row)}. Pass another --out."
+            raise ValueError(msg)
         pd.DataFrame([row]).to_csv(out, mode="a", header=not out.is_file(), index=False)
         print(*(f"{value:.3g}" if isinstance(value, float) else value for value in row.values()), flush=True)
 

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from anomalib_metarefine.refinement.posterior import estimate_contamination, further_scales
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.refinement.engine import FitSettings
+from anomalib_metarefine.settings import Settings
 from studies.common import (
     Features,
     add_grid,
@@ -28,8 +27,8 @@ from studies.common import (
     dirty_set,
     finished,
     markdown,
-    new_fitter,
     record,
+    refine,
     spread,
 )
 
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 # Weights of likelihood, neighbours and likeness in the score.
 SCORES = {
-    "likeness": (0.0, 1.0, FitSettings.likeness_weight),
+    "likeness": (0.0, 1.0, Settings().likeness_weight),
     "neighbours": (0.0, 1.0, 0.0),
     "likelihood": (1.0, 0.0, 0.0),
     "both": (1.0, 1.0, 0.0),
@@ -68,8 +67,8 @@ def run(
 
     Yields:
         dict[str, object] | str: A row: `KEY`, dirty ones among those looked at, images, dirty and rejected ones,
-            precision, recall, AUROC of the first and of the last score, estimate and interval of the contamination,
-            rounds, seconds without the backbone; or why a training set can't be had.
+            precision, recall, AUROC of the last score, rounds, seconds without the backbone; or why a training set
+            can't be had.
     """
     for data_set in data:
         features: Features | None = None
@@ -84,9 +83,9 @@ def run(
                 yield f"{data_set.name}, contamination {contamination:g}, seed {seed} left out: {error}"
                 continue
             features = features or all_features(datamodule, data_set)
-            paths = datamodule.train_data.samples.image_path.astype(str).tolist()
+            paths = sorted(datamodule.train_data.samples.image_path.astype(str))
             part = features[0].of(paths), features[1]
-            dirty = np.isin(sorted(paths), datamodule.injected)
+            dirty = np.isin(paths, datamodule.injected)
             for key in wanted:
                 yield dict(zip(KEY, key, strict=True)) | _curate(part, dirty, seed, *key[3:])
 
@@ -95,34 +94,26 @@ def _curate(features: Features, dirty: np.ndarray, seed: int, score: str, rule: 
     weights = zip(("likelihood_weight", "neighbour_weight", "likeness_weight"), SCORES[score], strict=True)
     settings = {"rule": rule, **dict(weights)}
     begin = time.perf_counter()
-    known: dict[int, bool] = {}
+    answers: dict[int, bool] = {}
     for _ in range(2 if looks else 1):
-        fitter = new_fitter(features, seed, **settings)
-        _, refinement = fitter.fit(known)
-        scores = np.array(refinement.scores)
-        rejected = ~np.array(refinement.kept)
-        estimate = estimate_contamination(scores, known=known, further=further_scales(fitter.parts))
-        if not known:
-            asked = np.lexsort((-scores, -estimate.dirty_probability, rejected))[:looks]
-            known = {int(image): not dirty[image] for image in asked}
+        refinement = refine(features, seed, answers=answers, **settings).refinement
+        scores, rejected = np.array(refinement.scores), ~np.array(refinement.kept)
+        if not answers:
+            asked = np.lexsort((-scores, rejected))[:looks]
+            answers = {int(image): not dirty[image] for image in asked}
     seconds = time.perf_counter() - begin
-    low, high = estimate.interval()
 
     def auroc(values: Sequence[float]) -> float:
         return roc_auc_score(dirty, values) if dirty.any() else float("nan")
 
     return {
-        "asked_dirty": int(dirty[list(known)].sum()),
+        "asked_dirty": int(dirty[list(answers)].sum()),
         "images": len(dirty),
         "dirty": int(dirty.sum()),
         "rejected": int(rejected.sum()),
         "precision": dirty[rejected].mean() if rejected.any() else float("nan"),
         "recall": rejected[dirty].mean() if dirty.any() else float("nan"),
-        "first_AUROC": auroc(refinement.rounds[0].scores),
         "last_AUROC": auroc(scores),
-        "estimate": estimate.estimate,
-        "low": low,
-        "high": high,
         "rounds": len(refinement.rounds),
         "stop_reason": refinement.stop_reason,
         "seconds": seconds,
@@ -130,30 +121,17 @@ def _curate(features: Features, dirty: np.ndarray, seed: int, score: str, rule: 
 
 
 def summarise(rows: pd.DataFrame) -> str:
-    """A Markdown table, means and standard deviations over seeds, and how often the interval held the truth."""
-    held = (rows.low - 0.005 <= rows.dirty / rows.images) & (rows.dirty / rows.images <= rows.high + 0.005)
-    rows = rows.assign(held=held.astype(float))
-    header = ["data", "score", "rule", "looks", "dirty", "rejected", "precision", "recall", "AUROC of the score",
-              "contamination", "held"]  # fmt: skip
+    """A Markdown table, means and standard deviations over seeds."""
     lines = []
-    for key, group in rows.groupby(["data", "score", "rule", "looks", "contamination"], sort=False):
-        data, score, rule, looks, share = key
+    for key, group in rows.groupby(KEY[:2] + KEY[3:], sort=False):
+        data, share, score, rule, looks = key
         # A rule that rejects nothing has no precision: the mean is over the images of all seeds.
         found = (group.precision.fillna(0) * group.rejected).sum()
         precision = f"{found / group.rejected.sum():.2f}" if group.rejected.sum() else ""
-        lines.append([
-            data, score, f"`{rule}`", str(looks), f"{share:.0%}",
-            f"{group.rejected.mean():.1f} ({', '.join(map(str, group.rejected))})", precision,
-            spread(group.recall, 3), spread(group.last_AUROC, 3),
-            f"{group.estimate.mean():.2f} ({group.low.mean():.2f} to {group.high.mean():.2f})",
-            f"{int(group.held.sum())} of {len(group)}",
-        ])  # fmt: skip
-    covered = rows.groupby(["score", "rule", "looks"]).held.mean()
-    said = [
-        f"`{score}`, `{rule}`, {looks} looks: the 90 % interval held the truth in {share:.0%} of the training sets."
-        for (score, rule, looks), share in covered.items()
-    ]
-    return "\n".join([markdown(header, lines), "", *said])
+        rejected = f"{group.rejected.mean():.1f} ({', '.join(map(str, group.rejected))})"
+        texts = (spread(group.recall, 3), spread(group.last_AUROC, 3))
+        lines.append([data, score, f"`{rule}`", str(looks), f"{share:.0%}", rejected, precision, *texts])
+    return markdown(["data", "score", "rule", "looks", "dirty", "rejected", "precision", "recall", "AUROC"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_grid(parser, [0, 0.05, 0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=["likeness"])
-    parser.add_argument("--rules", nargs="+", default=["auto"])
+    parser.add_argument("--rules", nargs="+", default=[Settings().rule])
     parser.add_argument("--looks", type=int, nargs="+", default=[0], metavar="K", help="images that a person looks at")
     options = parser.parse_args(argv)
     data = [DataSet.parse(spec) for spec in options.data]

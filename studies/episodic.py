@@ -24,8 +24,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.density.flow import image_score
+from anomalib_metarefine.features.embedding import image_score
 from anomalib_metarefine.features.neighbours import NearestImages
+from anomalib_metarefine.refinement.engine import fit_density, image_scores, patch_scores
+from anomalib_metarefine.settings import Settings, seed_for
 from studies.common import (
     Features,
     add_grid,
@@ -33,9 +35,11 @@ from studies.common import (
     dirty_set,
     finished,
     markdown,
-    new_fitter,
     record,
     spread,
+)
+from studies.common import (
+    begin as meta_trained,
 )
 
 if TYPE_CHECKING:
@@ -133,16 +137,16 @@ def _scores(features: Features, seed: int, sizes: Sequence[int]) -> Iterator[tup
     """Name, scores ``[N]`` and seconds of everything compared, for images sorted by path."""
     store, grid = features
     images = len(store)
-    generator = torch.Generator().manual_seed(seed)
+    settings, references = Settings(), seed_for(seed, "references")
     supports = {size: draw_supports(images, size, seed) for size in sizes}
 
     begin = time.perf_counter()
-    neighbours = NearestImages(store, range(images), grid, generator)
+    neighbours = NearestImages(store, grid, references)
     halves = image_score(neighbours.episodic(np.ones(images, dtype=bool))[0], _NEIGHBOUR_TAIL).numpy()
     yield "neighbours, random halves", halves, time.perf_counter() - begin
 
     begin = time.perf_counter()
-    neighbours = NearestImages(store, range(images), grid, generator, references=images, nearest=images)
+    neighbours = NearestImages(store, grid, references, references=images, nearest=images)
     comparing = time.perf_counter() - begin
     for size, masks in supports.items():
         begin = time.perf_counter()
@@ -152,16 +156,16 @@ def _scores(features: Features, seed: int, sizes: Sequence[int]) -> Iterator[tup
             yield f"neighbours, {size} images, {name}", scores, seconds
 
     begin = time.perf_counter()
-    fitter = new_fitter(features, seed, rounds=0)
-    fitter.initial = fitter.meta_train()
+    whitened, flow, initial = meta_trained(features, seed, settings)
+    everything = np.ones((images, len(whitened.positions)), dtype=bool)
     learning = time.perf_counter() - begin
-    _, refinement = fitter.fit()
-    yield "flow, all images", np.array(refinement.parts["likelihood"]), time.perf_counter() - begin
 
     def adapted(support: np.ndarray) -> np.ndarray:
-        fitter.kept = support
-        fitter.density = fitter.fit_kept(support, fitter.initial)
-        return fitter.likelihood_scores()
+        density = fit_density(whitened, support, everything, flow, initial, settings, seed)
+        return image_scores(patch_scores(whitened, density, support, everything), settings.tail)
+
+    scores = adapted(np.ones(images, dtype=bool))
+    yield "flow, all images", scores, time.perf_counter() - begin
 
     for size, masks in supports.items():
         begin = time.perf_counter()

@@ -27,19 +27,21 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
 from anomalib_metarefine.benchmark.report.drawing import Picture, canvas, look
+from anomalib_metarefine.density.patch_density import flow_loss, trainable
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch
 from anomalib_metarefine.progress import progress_bars
-from anomalib_metarefine.refinement.engine import trainable
-from studies.common import new_fitter
+from anomalib_metarefine.refinement.engine import _category
+from anomalib_metarefine.settings import Settings, seed_for
+from studies.common import begin
 from studies.loss_surface import largest_eigenvalue, random_direction, rises, surface
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from anomalib_metarefine.meta.maml import Parameters
-    from anomalib_metarefine.refinement.engine import DensityFitter
+    from studies.common import Features
 
 _LEVELS = 14  # of the contours
 _SAME = 0.05  # a smaller relative change is called none
@@ -163,9 +165,9 @@ def loss_landscape(
     """
     with progress_bars(enabled=True) as bars:
         gathered = gather(data, Backbone(OFFLINE_BACKBONE), OFFLINE_BACKBONE, bars, image_size=image_size)
-    fitter = new_fitter((gathered.store, gathered.grid), seed, **settings)
+    chosen = Settings(**settings)
     steps = np.linspace(-radius, radius, points)
-    before, after = _measure(fitter, steps, directions, patches)
+    before, after = _measure((gathered.store, gathered.grid), chosen, seed, steps, directions, patches)
     run = {
         "source": str(data),
         "images": len(gathered.store),
@@ -174,32 +176,35 @@ def loss_landscape(
         "directions": directions,
         "patches": patches,
         "image_size": list(gathered.image_size),
-        "settings": vars(fitter.settings),
+        "settings": chosen.as_dict(),
         "versions": versions(),
     }
     return Landscape(before, after, steps, run)
 
 
-def _measure(fitter: DensityFitter, steps: np.ndarray, directions: int, patches: int) -> tuple[Around, Around]:
-    learned = fitter.meta_train()
-    category = fitter.category()
-    drawn = draw_batch(*category, torch.arange(len(category.images)), patches, fitter.generator)
+def _measure(
+    features: Features, settings: Settings, seed: int, steps: np.ndarray, directions: int, patches: int
+) -> tuple[Around, Around]:
+    images, flow, learned = begin(features, seed, settings)
+    category = _category(images, settings, seed)
+    generator = torch.Generator().manual_seed(seed_for(seed, "landscape"))
+    drawn = draw_batch(*category, torch.arange(len(category.images)), patches, generator)
     # Rises of a millionth of the loss would drown in the rounding of single precision.
     batch = PatchBatch(drawn.patches.double(), drawn.positions.double())
-    fitter.flow.double()
-    before, after = trainable(fitter.flow), {name: value.double() for name, value in learned.items()}
+    loss = flow_loss(flow.double(), settings.trim)
+    before, after = trainable(flow), {name: value.double() for name, value in learned.items()}
     # As Li et al. do: biases, and the global scales and offsets of the couplings, stay where they are.
     weights = {name: value for name, value in after.items() if name.endswith(".weight")}
-    ways = [random_direction(weights, fitter.generator) for _ in range(directions)]
-    start = fitter.generator.get_state()
+    ways = [random_direction(weights, generator) for _ in range(directions)]
+    start = generator.get_state()
 
     def around(parameters: Parameters) -> Around:
-        fitter.generator.set_state(start)
+        generator.set_state(start)
         return Around(
-            fitter.loss(parameters, batch).item(),
-            rises(fitter.loss, parameters, batch, ways, float(steps[-1])).numpy(),
-            largest_eigenvalue(fitter.loss, parameters, batch, fitter.generator),
-            surface(fitter.loss, parameters, batch, (ways[0], ways[1]), steps.tolist()).numpy(),
+            loss(parameters, batch).item(),
+            rises(loss, parameters, batch, ways, float(steps[-1])).numpy(),
+            largest_eigenvalue(loss, parameters, batch, generator),
+            surface(loss, parameters, batch, (ways[0], ways[1]), steps.tolist()).numpy(),
         )
 
     return around(before), around(after)

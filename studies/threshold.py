@@ -28,14 +28,14 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
-from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension, image_score
+from anomalib_metarefine.density.flow import bits_per_dimension, position_code
 from anomalib_metarefine.density.gaussian import PositionalGaussian
 from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.deploy.threshold import calibrate
-from anomalib_metarefine.features.embedding import Whitening
+from anomalib_metarefine.features.embedding import Whitening, image_score
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.refinement.engine import FitSettings
-from studies.common import features_of, markdown, new_fitter
+from anomalib_metarefine.settings import Settings
+from studies.common import features_of, markdown, refine
 
 _GOOD, _DEFECTIVE, _LINE = "#56B4E9", "#D55E00", "#000000"  # Okabe and Ito's palette: safe for colour-blind readers
 _PATCHES = 60_000  # for the whitening
@@ -102,7 +102,7 @@ def train(store: FeatureStore, defective: np.ndarray, images: int, share: float,
 
 @torch.no_grad()
 def _fit_gaussian(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray, np.ndarray]:
-    settings = FitSettings()
+    settings = Settings()
     picked = store.images(rows.tolist())
     flat = picked.flatten(0, 1)
     sample = torch.from_numpy(np.random.default_rng(seed).permutation(len(flat))[:_PATCHES])
@@ -124,17 +124,15 @@ def _fit_gaussian(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Sco
 
 
 def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[Scorer, np.ndarray, np.ndarray]:
-    settings = FitSettings()
+    settings = Settings()
     training = FeatureStore(4096)
     training.add([f"{place:06d}" for place in range(len(rows))], store.images(rows.tolist()))
-    torch.manual_seed(seed)
-    flow = PatchFlow(settings.dimensions, settings.blocks, settings.hidden)
     side = math.isqrt(store.shape[0])  # ELPV's images are square
-    fitter = new_fitter((training, (side, side)), seed, flow)
-    density, refinement = fitter.fit()
+    result = refine((training, (side, side)), seed)
+    density, flow = result.density, result.density.flow
     flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
     scorer = PatchScorer()
-    scorer.load(density.whitening, density.gaussian, flow, fitter.positions)
+    scorer.load(density.whitening, density.gaussian, flow, position_code(side, side))
 
     @torch.no_grad()
     def score(chosen: np.ndarray) -> np.ndarray:
@@ -142,7 +140,7 @@ def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[S
         scores = [image_score(scorer(store.images(part.tolist())), settings.tail) for part in parts]
         return torch.cat(scores).double().numpy()
 
-    return score, np.array(refinement.parts["likelihood"]), np.array(refinement.kept)
+    return score, result.parts["likelihood"], result.kept
 
 
 def judge(
