@@ -14,7 +14,7 @@ import pandas as pd
 
 from anomalib_metarefine.curation.manifest import data_sha256
 from anomalib_metarefine.curation.repair import Repairer, encoded
-from anomalib_metarefine.images.sources import absolute, some
+from anomalib_metarefine.images.sources import absolute, listing
 from anomalib_metarefine.images.tables import table_text
 from anomalib_metarefine.progress import track
 
@@ -95,7 +95,8 @@ def apply(
     table = table[~table.image_path.isin(left_out)]
     broken = [repr(path) for path in table.image_path if mode == "list" and len(path.splitlines()) > 1]
     if broken:
-        msg = f"{len(broken)} file names have line breaks, which a list can't hold: {some(broken)}. Use another mode."
+        msg = f"{len(broken)} file names have line breaks, which a list can't hold: {listing(broken)}. "
+        msg += "Use another mode."
         raise ValueError(msg)
     names = list(dict.fromkeys(folders.values()))
     to.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.images.quality import ImageFacts
-from anomalib_metarefine.images.sources import EXTENSIONS, some
+from anomalib_metarefine.images.sources import EXTENSIONS, listing
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import Result, refine_images
 from anomalib_metarefine.refinement.rules import get_rule, q_values
@@ -84,6 +84,7 @@ def curate(
     batch_size: int = 32,
     decisions: Decisions | Sequence[Decisions] | None = None,
     quality: bool = True,
+    bit_depth: int | None = None,
     memory_limit_mb: float = 2048,
     progress: bool = True,
     **settings: Any,  # noqa: ANN401
@@ -105,6 +106,7 @@ def curate(
             earlier run, or keep and reject by the SHA-256 of the image; of several, the last one wins. Decisions hold
             against the rule, and guide the refinement.
         quality (bool): Look for duplicates, blur and bad exposure too.
+        bit_depth (int | None): Bits in use of files with more than 8; ``None`` takes those of the file.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         progress (bool): Show progress bars.
         **settings (Any): Everything else that `Settings` lists, such as ``rule="iqr"``.
@@ -135,6 +137,7 @@ def curate(
             image_size=image_size,
             batch_size=batch_size,
             memory_limit_mb=memory_limit_mb,
+            bit_depth=bit_depth,
         )
         source, store, seconds = gathered.source, gathered.store, gathered.seconds
         facts = gathered.facts if quality else [replace(fact, findings=()) for fact in gathered.facts]
@@ -169,6 +172,7 @@ def curate(
             "backbone": backbone,
             "image_size": list(gathered.image_size),
             "quality": quality,
+            "bit_depth": bit_depth,
             **chosen.as_dict(),
         },
         "data": {"images": len(facts), "sha256": data_sha256(names, [fact.sha256 for fact in facts])},
@@ -197,7 +201,7 @@ def _known(decisions: Decisions | Sequence[Decisions] | None, facts: dict[str, I
     table = read(decisions)
     nameless = (table.sha256 == "") & ~table.image_path.isin(list(facts))
     if nameless.any():
-        msg = f"{decisions} has decisions on images that are not here: {some(table.image_path[nameless].tolist())}. "
+        msg = f"{decisions} has decisions on images that are not here: {listing(table.image_path[nameless].tolist())}. "
         raise ValueError(msg + "Paths must be relative to the root; the sha256 of an image always finds it.")
     hashes = [row.sha256 or facts[row.image_path].sha256 for row in table.itertuples()]
     return dict(zip(hashes, table.decision, strict=True))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 
-from anomalib_metarefine.images.sources import absolute, load_datamodule, set_up_without_validation, some
+from anomalib_metarefine.images.sources import absolute, listing, load_datamodule, set_up_without_validation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,7 +46,7 @@ def curated_datamodule(
         held_out, found = _test_samples(load_datamodule(test) if isinstance(test, str | Path) else test)
         both = set(samples.image_path) & set(held_out.image_path)
         if both:
-            logger.warning("%d test images are training images too: %s.", len(both), some(sorted(both)))
+            logger.warning("%d test images are training images too: %s.", len(both), listing(sorted(both)))
         samples = pd.concat([samples, held_out], ignore_index=True)
     return Tabular(**{"name": manifest.root.name or "curated", "samples": samples, **found, **settings})
 
@@ -59,7 +59,7 @@ def _copies(rows: pd.DataFrame, folder: Path) -> list[Path]:
         found.append(own if own.exists() else with_kept)
     missing = [str(path) for path in found if not path.exists()]
     if missing:
-        msg = f"{len(missing)} of {len(found)} images are not in {folder}: {some(missing)}. "
+        msg = f"{len(missing)} of {len(found)} images are not in {folder}: {listing(missing)}. "
         raise FileNotFoundError(msg + "Expected what `apply` wrote with mode 'repair' or 'copy' from this manifest.")
     return found
 

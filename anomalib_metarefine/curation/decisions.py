@@ -18,7 +18,7 @@ import pandas as pd
 from filelock import FileLock
 
 from anomalib_metarefine.curation.manifest import Manifest
-from anomalib_metarefine.images.sources import some
+from anomalib_metarefine.images.sources import listing
 from anomalib_metarefine.images.tables import read_table, table_text
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def read(path: str | Path) -> pd.DataFrame:
         msg = f"{path} is a manifest. Pass a file with only the images that a person decided on."
         raise ValueError(msg)
     if "decision" not in table or not {"image_path", "sha256"} & set(table):
-        msg = f"{path} needs a column decision, and image_path or sha256; found {some(list(table.columns))}."
+        msg = f"{path} needs a column decision, and image_path or sha256; found {listing(list(table.columns))}."
         raise ValueError(msg)
     ours = tuple(table.columns) == Answer._fields
     table = table.reindex(columns=Answer._fields).fillna("").astype(str)
@@ -95,7 +95,7 @@ def read(path: str | Path) -> pd.DataFrame:
         table, words, strange = table[~torn], words[~torn], strange[~torn]
     if strange.any():
         rows = [f"{table.decision[row]!r} in row {row + 1}" for row in table.index[strange]]
-        msg = f"{path} has decisions that are not understood: {some(rows)}. "
+        msg = f"{path} has decisions that are not understood: {listing(rows)}. "
         raise ValueError(msg + f"Write one of {', '.join(_MEANING)}, or nothing.")
     table = table.assign(decision=words.map(_MEANING), sha256=table.sha256.str.strip().str.lower())[words != ""]
     nameless = (table.sha256 == "") & (table.image_path == "")
@@ -113,11 +113,11 @@ def _last_answers(path: Path, table: pd.DataFrame) -> pd.DataFrame:
     overruled = table.decision != last.decision
     undated = overruled & (table.when == "")
     if undated.any():
-        msg = f"{path} contradicts itself about {undated.sum()} images: {some(_named(table[undated]))}. "
+        msg = f"{path} contradicts itself about {undated.sum()} images: {listing(_named(table[undated]))}. "
         raise ValueError(msg + "Leave one answer.")
     disagreed = table[overruled & (table.by != last.by)]
     if len(disagreed):
-        names = some(_named(disagreed))
+        names = listing(_named(disagreed))
         logger.warning("%s: people disagree about images (%s); the last answer counts.", path, names)
     return table[~image.duplicated(keep="last")]
 
@@ -147,7 +147,8 @@ def decide(manifest: Manifest, decisions: pd.DataFrame) -> Manifest:
     table = manifest.table.copy()
     unreadable = [table.image_path[row] for row, new in found.items() if new == "keep" and not _readable(table, row)]
     if unreadable:
-        msg = f"{len(unreadable)} images to keep can't be read: {some(unreadable)}. Repair the files, or reject them."
+        msg = f"{len(unreadable)} images to keep can't be read: {listing(unreadable)}. "
+        msg += "Repair the files, or reject them."
         raise ValueError(msg)
     new = pd.Series(found, dtype=object)
     old = table.decision[new.index]
@@ -242,7 +243,7 @@ def load(folder: str | Path) -> dict[str, str]:
     table = read(path)
     nameless = table.image_path[table.sha256 == ""].tolist()
     if nameless:
-        msg = f"{path} has {len(nameless)} answers without sha256: {some(nameless)}. "
+        msg = f"{path} has {len(nameless)} answers without sha256: {listing(nameless)}. "
         raise ValueError(msg + "Rename it, and pass it as --decisions, where the path is enough.")
     return dict(zip(table.sha256, table.decision, strict=True))
 
@@ -276,9 +277,9 @@ def _find(manifest: Manifest, decisions: pd.DataFrame) -> dict[int, str]:
         else:
             found.update(dict.fromkeys(rows, new))
     if unknown:
-        msg = f"{len(unknown)} decisions are about images that are not in the manifest: {some(unknown)}. "
+        msg = f"{len(unknown)} decisions are about images that are not in the manifest: {listing(unknown)}. "
         raise ValueError(msg + f"Paths are relative to {manifest.root}.")
     if contradictory:
         msg = f"{len(contradictory)} decisions contradict an earlier one about the same image, or an exact copy of it: "
-        raise ValueError(msg + f"{some(contradictory)}. Leave one of them.")
+        raise ValueError(msg + f"{listing(contradictory)}. Leave one of them.")
     return found

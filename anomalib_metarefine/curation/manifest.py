@@ -14,7 +14,7 @@ import pandas as pd
 
 from anomalib_metarefine.curation.run_folder import MANIFEST_FILE, RUN_FILE, read_run, write_together
 from anomalib_metarefine.curation.schema import DECISIONS, SCHEMA, check_run, checked_table
-from anomalib_metarefine.images.sources import absolute, some
+from anomalib_metarefine.images.sources import absolute, listing
 from anomalib_metarefine.images.tables import read_table, table_text
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Manifest:
         missing, changed = self.verify(decisions)
         if missing or changed:
             kinds = {"missing": missing, "changed": changed}
-            found = [f"{len(paths)} {kind} ({some(paths)})" for kind, paths in kinds.items() if paths]
+            found = [f"{len(paths)} {kind} ({listing(paths)})" for kind, paths in kinds.items() if paths]
             msg = f"Images under {self.root} are not what they were when the manifest was written: {', '.join(found)}. "
             raise ValueError(msg + "Run `metarefine curate` again, or say where the images are now with `root`.")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anomalib_metarefine.images.sources import some
+from anomalib_metarefine.images.sources import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,7 +37,7 @@ def require_inside(names: Iterable[str], what: str) -> None:
         or PurePosixPath(name).is_absolute()
     ]
     if wrong:
-        msg = f"{what} must be relative to the root, inside of it and without `./`; found {some(wrong)}."
+        msg = f"{what} must be relative to the root, inside of it and without `./`; found {listing(wrong)}."
         raise ValueError(msg)
 
 
@@ -83,11 +83,11 @@ def checked_table(table: pd.DataFrame) -> pd.DataFrame:
     for column, allowed in [("decision", DECISIONS), ("decided_by", DECIDED_BY)]:
         strange = sorted(set(table[column]) - set(allowed))
         if strange:
-            msg = f"{column} must be one of {list(allowed)}; found {some(strange)}."
+            msg = f"{column} must be one of {list(allowed)}; found {listing(strange)}."
             raise ValueError(msg)
     repeated = table.image_path[table.image_path.duplicated()].tolist()
     if repeated:
-        msg = f"{len(repeated)} images are listed more than once: {some(repeated)}."
+        msg = f"{len(repeated)} images are listed more than once: {listing(repeated)}."
         raise ValueError(msg)
     # Paths are joined to folders that `apply` writes into: none may lead out of them.
     require_inside(table.image_path, "image_path")
@@ -109,6 +109,6 @@ def _typed(column: pd.Series) -> pd.Series:
     if column.name != "round":
         return numbers
     if not (numbers % 1 == 0).all():
-        msg = f"round must be a whole number, found {some(numbers[numbers % 1 != 0].tolist())}."
+        msg = f"round must be a whole number, found {listing(numbers[numbers % 1 != 0].tolist())}."
         raise ValueError(msg)
     return numbers.astype(int)
