@@ -50,6 +50,7 @@ def _curate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rule", default="auto", help="rejection rule; docs/rules.md lists them")
     add("--rounds", type=int, default=4, help="rounds of refinement at most")
     add("--seed", type=int, default=0, help="of everything random")
+    add("--bit-depth", type=int, metavar="BITS", help="bits in use of files with more than 8, such as 12")
     add("--batch-size", type=int, default=32, help="images at a time in the backbone")
     add("--decisions", type=Path, metavar="CSV", help="a person's decisions")
     add("--no-quality", dest="quality", action="store_false", help="skip the search for duplicates, blur and the like")
@@ -69,7 +70,7 @@ def _curate(options: argparse.Namespace) -> int:
         load(options.out)
         from anomalib_metarefine.curation.curate import curate
 
-        names = ["root", "backbone", "rule", "rounds", "seed", "batch_size", "quality"]
+        names = ["root", "backbone", "rule", "rounds", "seed", "batch_size", "quality", "bit_depth"]
         settings = {name: getattr(options, name) for name in names}
         settings["image_size"] = tuple(options.image_size) if options.image_size else None
         if options.extensions:

@@ -95,9 +95,8 @@ def apply(
     table = table[~table.image_path.isin(left_out)]
     broken = [repr(path) for path in table.image_path if mode == "list" and len(path.splitlines()) > 1]
     if broken:
-        msg = (
-            f"{len(broken)} file names have line breaks, which a list can't hold: {listing(broken)}. Use another mode."
-        )
+        msg = f"{len(broken)} file names have line breaks, which a list can't hold: {listing(broken)}. "
+        msg += "Use another mode."
         raise ValueError(msg)
     names = list(dict.fromkeys(folders.values()))
     to.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,7 @@ def curate(
     batch_size: int = 32,
     decisions: Decisions | Sequence[Decisions] | None = None,
     quality: bool = True,
+    bit_depth: int | None = None,
     memory_limit_mb: float = 2048,
     progress: bool = True,
     **settings: Any,  # noqa: ANN401
@@ -105,6 +106,7 @@ def curate(
             earlier run, or keep and reject by the SHA-256 of the image; of several, the last one wins. Decisions hold
             against the rule, and guide the refinement.
         quality (bool): Look for duplicates, blur and bad exposure too.
+        bit_depth (int | None): Bits in use of files with more than 8; ``None`` takes those of the file.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         progress (bool): Show progress bars.
         **settings (Any): Everything else that `Settings` lists, such as ``rule="iqr"``.
@@ -135,6 +137,7 @@ def curate(
             image_size=image_size,
             batch_size=batch_size,
             memory_limit_mb=memory_limit_mb,
+            bit_depth=bit_depth,
         )
         source, store, seconds = gathered.source, gathered.store, gathered.seconds
         facts = gathered.facts if quality else [replace(fact, findings=()) for fact in gathered.facts]
@@ -169,6 +172,7 @@ def curate(
             "backbone": backbone,
             "image_size": list(gathered.image_size),
             "quality": quality,
+            "bit_depth": bit_depth,
             **chosen.as_dict(),
         },
         "data": {"images": len(facts), "sha256": data_sha256(names, [fact.sha256 for fact in facts])},

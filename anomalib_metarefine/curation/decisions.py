@@ -147,9 +147,8 @@ def decide(manifest: Manifest, decisions: pd.DataFrame) -> Manifest:
     table = manifest.table.copy()
     unreadable = [table.image_path[row] for row, new in found.items() if new == "keep" and not _readable(table, row)]
     if unreadable:
-        msg = (
-            f"{len(unreadable)} images to keep can't be read: {listing(unreadable)}. Repair the files, or reject them."
-        )
+        msg = f"{len(unreadable)} images to keep can't be read: {listing(unreadable)}. "
+        msg += "Repair the files, or reject them."
         raise ValueError(msg)
     new = pd.Series(found, dtype=object)
     old = table.decision[new.index]
