@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import difflib
 import logging
+from contextlib import contextmanager, nullcontext
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import timm
 import torch
+from huggingface_hub import constants as hub
 from torch import nn
 
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE, offline_state_dict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 3.0  # seconds that a model hub has to answer in
+_REASON = 200  # characters of timm's own error that are passed on
 _STRIDES = (8, 16)  # the default pair: fine enough to localise, deep enough to know an object's parts
 
 
@@ -36,7 +43,7 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: If timm knows no such architecture or the architecture has no such layer.
-        RuntimeError: If pretrained weights can't be had.
+        OSError: If pretrained weights can't be had.
 
     Example:
         >>> backbone = Backbone("tf_efficientnet_lite0")
@@ -107,17 +114,41 @@ def _create(name: str, pre_trained: bool, **kwargs: Any) -> nn.Module:  # noqa: 
         net.load_state_dict({key: weights[key] for key in net.state_dict()})
         return net
     try:
-        return timm.create_model(name, pretrained=pre_trained, **kwargs)
+        with _no_waiting_for_the_hub() if pre_trained else nullcontext():
+            return timm.create_model(name, pretrained=pre_trained, **kwargs)
     except Exception as error:
         if not pre_trained:
             msg = f"timm can't read feature maps from backbone {name!r}: {error}"
             raise ValueError(msg) from error
+        reason = " ".join(str(error).split()).rstrip(".")
         msg = (
-            f"No pretrained weights for backbone {name!r}: {error}. On a machine that reaches no model hub, use "
-            f"backbone={OFFLINE_BACKBONE!r}, whose weights are installed with this package, or copy timm's cache "
-            "from a machine that does."
+            f"No pretrained weights for backbone {name!r} ({type(error).__name__}: {reason[:_REASON]}). On a machine "
+            f"that reaches no model hub, use backbone={OFFLINE_BACKBONE!r}, whose weights are installed with this "
+            "package, or copy timm's cache from a machine that does."
         )
-        raise RuntimeError(msg) from error
+        raise OSError(msg) from None
+
+
+@contextmanager
+def _no_waiting_for_the_hub() -> Iterator[None]:
+    """Take weights from the cache alone where the hub does not answer, instead of trying for most of a minute."""
+    online = not hub.HF_HUB_OFFLINE and _answers(hub.ENDPOINT)
+    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, not online
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    """Whether a web server says anything at all, through a proxy if the environment names one."""
+    try:
+        urlopen(Request(address, method="HEAD"), timeout=_PATIENCE)
+    except HTTPError:
+        return True
+    except (OSError, HTTPException):
+        return False
+    return True
 
 
 def _default_indices(reductions: Sequence[int]) -> list[int]:

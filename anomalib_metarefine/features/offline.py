@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -18,7 +19,7 @@ import torch
 from anomalib_metarefine.compat import set_pretrained_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,26 @@ def use_offline_weights() -> None:
     """
     set_pretrained_weights((OFFLINE_BACKBONE, f"{OFFLINE_BACKBONE}.in1k"), offline_state_dict())
     logger.info("timm loads the pretrained weights of %s from the installed package.", OFFLINE_BACKBONE)
+
+
+@contextmanager
+def no_pretrained_weights() -> Iterator[None]:
+    """Models made by timm without weights, whatever their constructors ask for.
+
+    A model that is made to be filled from a checkpoint needs no others, and some of anomalib's (STFPM) can't be told
+    so: without this, loading a checkpoint would ask a model hub.
+    """
+    create = timm.create_model
+
+    def without_weights(model_name: str, pretrained: bool = False, **settings: Any) -> Any:  # noqa: ANN401
+        del pretrained
+        return create(model_name, pretrained=False, **settings)
+
+    timm.create_model = without_weights
+    try:
+        yield
+    finally:
+        timm.create_model = create
 
 
 if os.environ.get("METAREFINE_OFFLINE_WEIGHTS") == "1":  # the way to ask for it under the `anomalib` command

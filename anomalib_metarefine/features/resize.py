@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from anomalib.pre_processing import PreProcessor
+from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torch import nn
 from torchvision.transforms.v2 import Compose, Resize, Transform
 
@@ -91,18 +92,22 @@ class ExactPreProcessor(PreProcessor):
 
     def __init__(self, transform: Transform | None = None) -> None:
         super().__init__(transform)
-        self.export_transform = exact_export_transform(transform)
+        self.replace(transform)
+
+    def replace(self, transform: Transform | None) -> None:
+        """Take another transform, and with it its exported counterpart."""
+        self.transform, self.export_transform = transform, exact_export_transform(transform)
 
     def load_checkpoint_config(self, config: dict) -> None:
-        """Restore the transform from a checkpoint, and with it the exported counterpart."""
+        """Restore the transform from a checkpoint."""
         super().load_checkpoint_config(config)
-        self.export_transform = exact_export_transform(self.transform)
+        self.replace(self.transform)
 
 
 def exact_export_transform(transform: Transform | None) -> nn.Module | None:
-    """The transform with every antialiased two-sided ``Resize`` replaced by `ExactResize`."""
+    """The transform with `ExactResize` for every antialiased two-sided ``Resize``; all else as anomalib exports it."""
     if isinstance(transform, Compose):
         return nn.Sequential(*(exact_export_transform(part) for part in transform.transforms))
     if isinstance(transform, Resize) and transform.antialias and len(transform.size or ()) == 2:
         return ExactResize(tuple(transform.size))
-    return transform
+    return get_exportable_transform(transform)

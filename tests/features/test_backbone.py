@@ -70,5 +70,5 @@ def test_unknown_backbone_layer_and_missing_weights(monkeypatch):
         return create(name, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(RuntimeError, match="No pretrained weights for backbone 'resnet18'.*tf_efficientnet_lite0"):
+    with pytest.raises(OSError, match="No pretrained weights for backbone 'resnet18'.*tf_efficientnet_lite0"):
         Backbone("resnet18")
