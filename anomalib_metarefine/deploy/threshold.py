@@ -126,7 +126,7 @@ def calibrate(
         >>> round(calibrate(scores[:50]).bound, 3)  # all that 50 images can promise
         0.058
     """
-    _check_settings(false_alarm_rate, confidence, uncertain_share)
+    check_settings(false_alarm_rate, confidence, uncertain_share)
     ordered = np.sort(_checked_scores(scores))
     kept = ordered[: len(ordered) - _count_defective(ordered, _Tail.fit(ordered))]
     aside = len(ordered) - len(kept) + left_out
@@ -283,7 +283,12 @@ def _checked_scores(scores: np.ndarray) -> np.ndarray:
     return values
 
 
-def _check_settings(false_alarm_rate: float, confidence: float, uncertain_share: float) -> None:
+def check_settings(false_alarm_rate: float, confidence: float, uncertain_share: float = 0.02) -> None:
+    """Refuse settings of `calibrate` that are out of range, before images are scored for them.
+
+    Raises:
+        ValueError: If one is.
+    """
     for name, value, low, high in (
         ("false_alarm_rate", false_alarm_rate, 0.0, 0.5),
         ("uncertain_share", uncertain_share, 0.0, 0.5),

@@ -10,19 +10,23 @@ import numpy as np
 import torch
 from anomalib.data.utils import read_image
 from anomalib.post_processing import PostProcessor
-from anomalib.utils.serialization import anomalib_safe_globals
 
-from anomalib_metarefine.deploy.threshold import Calibration, calibrate
+from anomalib_metarefine.deploy.threshold import Calibration, calibrate, check_settings
 from anomalib_metarefine.images.reading import check_images
+from anomalib_metarefine.model.checkpoints import KEY, additions, load_checkpoint, new_file, read_checkpoint
+from anomalib_metarefine.model.evaluation import Detection, detect
 from anomalib_metarefine.progress import progress_bars
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from anomalib_metarefine.model.lightning_model import MetaRefine
+    from anomalib.models import AnomalibModule
+
+    from anomalib_metarefine.refinement.rounds import Refinement
 
 logger = logging.getLogger(__name__)
 
+FEW_LEFT_OUT = 60  # training images; with fewer, what left-out scores promise is not kept (docs/threshold.md)
 _BATCH = 16  # images
 
 
@@ -31,16 +35,29 @@ class RawScores(NamedTuple):
 
     Attributes:
         image (np.ndarray): Image scores ``[N]``.
-        pixel (np.ndarray): Highest score in the anomaly map of each image ``[N]``.
+        pixel (np.ndarray | None): Highest score in the anomaly map of each image ``[N]``, if the model makes maps.
     """
 
     image: np.ndarray
-    pixel: np.ndarray
+    pixel: np.ndarray | None
+
+
+class CalibratedModel(NamedTuple):
+    """What calibrating a model gave.
+
+    Attributes:
+        calibration (Calibration): Of the image scores.
+        detection (Detection | None): What the threshold finds, if images were labelled. Its false alarms are those
+            among the very images that were calibrated on.
+    """
+
+    calibration: Calibration
+    detection: Detection | None
 
 
 @torch.no_grad()
 def raw_scores(
-    model: MetaRefine,
+    model: AnomalibModule,
     paths: Sequence[str | Path],
     progress: bool = False,
     change: Callable[[torch.Tensor], torch.Tensor] = lambda image: image,
@@ -48,150 +65,206 @@ def raw_scores(
     """Score image files as anomalib does in testing, before its post-processor.
 
     Args:
-        model (MetaRefine): A trained model.
+        model (AnomalibModule): A trained model.
         paths (Sequence[str | Path]): Readable image files, of any sizes.
         progress (bool): Show a bar.
         change (Callable): Done to each image ``[3, H, W]`` in [0, 1] before the model's pre-processing.
     """
     model.eval()
+    transform = getattr(model.pre_processor, "transform", None) or (lambda image: image)
     image, pixel = [], []
     with progress_bars(enabled=progress) as bars:
         task = bars.add_task("scoring images", total=len(paths))
         for start in range(0, len(paths), _BATCH):
             part = paths[start : start + _BATCH]
-            images = [model.pre_processor.transform(change(read_image(path, as_tensor=True))) for path in part]
+            images = [transform(change(read_image(path, as_tensor=True))) for path in part]
             output = model.model(torch.stack(images).to(model.device))
-            image.append(output.pred_score.cpu())
-            pixel.append(output.anomaly_map.amax((1, 2, 3)).cpu())
+            highest = None if output.anomaly_map is None else output.anomaly_map.flatten(1).amax(1)
+            scores = highest if output.pred_score is None else output.pred_score.flatten()
+            image.append(scores.cpu())
+            pixel.append(highest if highest is None else highest.cpu())
             bars.update(task, advance=len(part))
-    return RawScores(torch.cat(image).double().numpy(), torch.cat(pixel).double().numpy())
+    return RawScores(_joined(image), None if any(part is None for part in pixel) else _joined(pixel))
 
 
-def calibrate_model(
-    model: MetaRefine,
-    paths: Sequence[str | Path] | None = None,
+def _joined(parts: list[torch.Tensor]) -> np.ndarray:
+    return torch.cat(parts).double().numpy()
+
+
+def set_thresholds(
+    post_processor: PostProcessor,
+    scores: RawScores,
     false_alarm_rate: float = 0.01,
     confidence: float = 0.95,
-    progress: bool = False,
+    left_out: int = 0,
 ) -> Calibration:
-    """Give a model's post-processor thresholds for a stated share of false alarms.
+    """Give a post-processor thresholds and normalisation for a stated share of false alarms.
 
     Args:
-        model (MetaRefine): A trained model; its thresholds and normalisation are replaced, and `MetaRefine.calibration`
-            is set.
-        paths (Sequence[str | Path] | None): Images taken as normal; up to a tenth may be defective. Those of the
-            training are left out, since the model knows them, and so are unreadable ones, both with a warning. At most
-            ``false_alarm_rate`` of normal images is then called anomalous, and at most as many have any pixel in their
-            mask. ``None`` takes the leave-one-out scores of the training images that refinement kept, which are those
-            of unseen images within the noise (docs/threshold.md); the mask's threshold is then that of the score.
+        post_processor (PostProcessor): It is changed.
+        scores (RawScores): Of images taken as normal. At most ``false_alarm_rate`` of normal images is then called
+            anomalous, and at most as many have any pixel in their mask. Without scores of pixels, the mask's threshold
+            is that of the image score.
         false_alarm_rate (float): See `calibrate`.
         confidence (float): See `calibrate`.
-        progress (bool): Show a bar.
+        left_out (int): See `calibrate`.
 
     Returns:
         Calibration: Of the image scores.
 
     Raises:
-        ValueError: If the model has no post-processor of anomalib's that could hold a threshold, if its training scores
-            are no leave-one-out scores, or if `calibrate` finds the images too few or too much alike.
+        ValueError: If it is no post-processor of anomalib's, or see `calibrate`.
     """
-    if not isinstance(model.post_processor, PostProcessor):
+    if not isinstance(post_processor, PostProcessor):
         msg = "The model has no post-processor that could hold a threshold. Train it with post_processor=True."
         raise ValueError(msg)
-    if paths is None:
-        scores, rejected = _training_scores(model)
-        image = pixel = calibrate(scores, false_alarm_rate, confidence, left_out=rejected)
-        source = "leave-one-out scores of the training images"
-    else:
-        scores = raw_scores(model, _usable(model, paths), progress)
-        image, pixel = (calibrate(values, false_alarm_rate, confidence) for values in scores)
-        source = "images that the model was not trained on"
+    image = pixel = calibrate(scores.image, false_alarm_rate, confidence, left_out=left_out)
+    if scores.pixel is not None:
+        pixel = calibrate(scores.pixel, false_alarm_rate, confidence, left_out=left_out)
     for name, found in (("image", image), ("pixel", pixel)):
         buffers = {f"_{name}_threshold": found.threshold, f"{name}_min": found.minimum, f"{name}_max": found.maximum}
         for buffer, value in buffers.items():
-            getattr(model.post_processor, buffer).fill_(value)
-    model.calibration = {"threshold": image.threshold, **image.to_dict(), "source": source}
+            getattr(post_processor, buffer).fill_(value)
     return image
+
+
+def kept_scores(left_out: Sequence[float], refinement: Refinement | None, shrinkage: float) -> tuple[RawScores, int]:
+    """Leave-one-out scores of the training images that refinement kept, and how many it rejected.
+
+    Args:
+        left_out (Sequence[float]): Raw leave-one-out scores of all training images.
+        refinement (Refinement | None): What was decided about them.
+        shrinkage (float): That the density was fitted with.
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    if refinement is None:
+        msg = "The model does not know left-out scores of its training images. Pass normal images as --data."
+        raise ValueError(msg)
+    if shrinkage == 1:
+        msg = "With shrinkage=1 the leave-one-out scores of the training are too low. Pass normal images as --data."
+        raise ValueError(msg)
+    kept = np.array(refinement.kept)
+    return RawScores(np.array(left_out)[kept], None), int((~kept).sum())
+
+
+def calibrate_model(
+    model: AnomalibModule,
+    paths: Sequence[str | Path] | None = None,
+    anomalous: np.ndarray | None = None,
+    false_alarm_rate: float = 0.01,
+    confidence: float = 0.95,
+    progress: bool = False,
+) -> CalibratedModel:
+    """Give a model thresholds for a stated share of false alarms, and ``model.calibration``, which says how.
+
+    Args:
+        model (AnomalibModule): A trained model of anomalib or MetaRefine; thresholds and normalisation are replaced.
+        paths (Sequence[str | Path] | None): Images taken as normal; up to a tenth may be defective. Those of the
+            training are left out, wherever they lie, as far as the model knows them (MetaRefine does), and so are
+            unreadable ones, both with a warning. ``None`` takes the leave-one-out scores of the training images
+            that refinement kept, which only MetaRefine has (docs/threshold.md).
+        anomalous (np.ndarray | None): ``[N]`` bool, where it is known: these images are not calibrated on, but counted
+            in `Detection`.
+        false_alarm_rate (float): See `calibrate`.
+        confidence (float): See `calibrate`.
+        progress (bool): Show a bar.
+
+    Raises:
+        ValueError: If the model has no post-processor of anomalib's that could hold a threshold, no left-out scores and
+            no images are given, none of them can be used, or `calibrate` finds them too few or too much alike.
+    """
+    check_settings(false_alarm_rate, confidence)
+    detection = None
+    if paths is None:
+        shrinkage = getattr(getattr(model, "settings", None), "shrinkage", 0)
+        left_out, refinement = getattr(model, "left_out_scores", []), getattr(model, "refinement", None)
+        scores, rejected = kept_scores(left_out, refinement, shrinkage)
+        found = set_thresholds(model.post_processor, scores, false_alarm_rate, confidence, rejected)
+        if len(scores.image) < FEW_LEFT_OUT:
+            logger.warning(
+                "Left-out scores of %d training images can't carry a promise: with 40 it was broken in most trials, "
+                "with 20 nearly all normal images were called anomalous. Calibrate on normal images that the model has "
+                "not seen: metarefine calibrate CKPT --data DATA --out NEW.", len(scores.image),
+            )  # fmt: skip
+        source = "leave-one-out scores of the training images"
+    else:
+        usable = unseen(paths, getattr(model, "training_images", {}))
+        known = np.zeros(len(usable), dtype=bool) if anomalous is None else np.asarray(anomalous)[usable]
+        if known.all():
+            msg = f"All {len(usable)} images are labelled as defective. Calibration needs normal ones."
+            raise ValueError(msg)
+        scores = raw_scores(model, [paths[i] for i in usable], progress)
+        normal = RawScores(scores.image[~known], None if scores.pixel is None else scores.pixel[~known])
+        found = set_thresholds(model.post_processor, normal, false_alarm_rate, confidence)
+        detection = None if anomalous is None else detect(scores.image, known, found.threshold)
+        source = "images that the model was not trained on"
+        if not getattr(model, "training_images", {}):
+            source = "images given as not trained on; the checkpoint does not know its training images"
+    model.calibration = {"threshold": found.threshold, **found.to_dict(), "source": source}
+    return CalibratedModel(found, detection)
+
+
+def unseen(paths: Sequence[str | Path], training_images: Mapping[str, str]) -> list[int]:
+    """Which images can be read and are not those of the training, by their content.
+
+    Args:
+        paths (Sequence[str | Path]): Image files, or links to some.
+        training_images (Mapping[str, str]): SHA-256 of the training images, by path.
+
+    Raises:
+        ValueError: If none is left.
+    """
+    checked = check_images(paths)
+    for path, reason in checked.unreadable.items():
+        logger.warning("%s is left out: %s", path, reason)
+    seen = set(training_images.values())
+    readable = [i for i, path in enumerate(paths) if str(path) in checked.hashes]
+    new = [i for i in readable if checked.hashes[str(paths[i])] not in seen]
+    if len(new) < len(readable):
+        logger.warning("%d images are left out: the model was trained on them.", len(readable) - len(new))
+    if not new:
+        msg = (
+            f"None of the {len(paths)} images can be used: the model was trained on {len(readable) - len(new)}, and "
+            f"{len(checked.unreadable)} can't be read. Pass normal images that it has not seen."
+        )
+        raise ValueError(msg)
+    return new
 
 
 def calibrate_checkpoint(
     checkpoint: str | Path,
     out: str | Path,
     paths: Sequence[str | Path] | None = None,
+    anomalous: np.ndarray | None = None,
     false_alarm_rate: float = 0.01,
     confidence: float = 0.95,
-) -> Calibration:
+    model: str | None = None,
+) -> CalibratedModel:
     """Write a copy of a checkpoint with calibrated thresholds; everything else in it stays as it is.
 
     Args:
-        checkpoint (str | Path): Of a trained MetaRefine.
-        out (str | Path): File to write; it must not exist.
+        checkpoint (str | Path): Of a trained model.
+        out (str | Path): File to write; it must not exist. It is written whole or not at all.
         paths (Sequence[str | Path] | None): See `calibrate_model`.
+        anomalous (np.ndarray | None): See `calibrate_model`.
         false_alarm_rate (float): See `calibrate`.
         confidence (float): See `calibrate`.
+        model (str | None): See `load_checkpoint`.
 
     Raises:
         FileExistsError: If ``out`` exists.
         FileNotFoundError: If there is no such checkpoint.
         ValueError: See `calibrate_model`.
     """
-    out = Path(out)
-    if out.exists():
-        msg = f"{out} exists. Pass another file as --out; nothing is overwritten."
-        raise FileExistsError(msg)
-    model = load_model(checkpoint)
-    found = calibrate_model(model, paths, false_alarm_rate, confidence, progress=True)
-    with anomalib_safe_globals(extra=model.checkpoint_safe_globals()):
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    states = {f"post_processor.{name}": value for name, value in model.post_processor.state_dict().items()}
-    content["state_dict"].update(states)
-    model.on_save_checkpoint(content)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, out)
+    check_settings(false_alarm_rate, confidence)
+    with new_file(out) as temporary:
+        loaded = load_checkpoint(checkpoint, model)
+        found = calibrate_model(loaded, paths, anomalous, false_alarm_rate, confidence, progress=True)
+        content = read_checkpoint(checkpoint)
+        states = {f"post_processor.{name}": value for name, value in loaded.post_processor.state_dict().items()}
+        content["state_dict"].update(states)
+        content[KEY] = additions(loaded)
+        torch.save(content, temporary)
     return found
-
-
-def load_model(checkpoint: str | Path) -> MetaRefine:
-    """A trained model, ready to score.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint of a trained MetaRefine.
-    """
-    from anomalib_metarefine.model.lightning_model import MetaRefine
-
-    if not Path(checkpoint).is_file():
-        msg = f"There is no checkpoint {checkpoint}."
-        raise FileNotFoundError(msg)
-    try:
-        model = MetaRefine.load_from_checkpoint(checkpoint, map_location="cpu")
-    except Exception as error:  # whatever unpickling and Lightning raise for another file
-        msg = f"{checkpoint} is not a checkpoint of MetaRefine that this version reads: {error}"
-        raise ValueError(msg) from error
-    if model.model.scorer.patches == 0:
-        msg = f"The model in {checkpoint} has not been trained."
-        raise ValueError(msg)
-    return model.eval()
-
-
-def _training_scores(model: MetaRefine) -> tuple[np.ndarray, int]:
-    """Leave-one-out scores of the kept training images, and how many were rejected."""
-    if model.refinement is None:
-        msg = "The model does not know the scores of its training images. Pass images to calibrate on."
-        raise ValueError(msg)
-    if model.settings.shrinkage == 1:
-        msg = "With shrinkage=1 the leave-one-out scores of the training are too low. Pass images to calibrate on."
-        raise ValueError(msg)
-    kept = np.array(model.refinement.kept)
-    return np.array(model.refinement.parts["likelihood"])[kept], int((~kept).sum())
-
-
-def _usable(model: MetaRefine, paths: Sequence[str | Path]) -> list[str]:
-    known = {str(Path(path).resolve()) for path in model.refinement.paths} if model.refinement else set()
-    new = [path for path in paths if str(Path(path).resolve()) not in known]
-    if len(new) < len(paths):
-        logger.warning("%d images are left out: the model was trained on them.", len(paths) - len(new))
-    checked = check_images(new)
-    for path, reason in checked.unreadable.items():
-        logger.warning("%s is left out: %s", path, reason)
-    return list(checked.hashes)

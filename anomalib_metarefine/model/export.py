@@ -1,142 +1,218 @@
-"""What MetaRefine adds to anomalib's export: a lean post-processor, quantisation of the backbone alone, the sidecar."""
+"""What we add to anomalib's export, for any model: the exact resize, a lean post-processor, the sidecar."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from anomalib.data import InferenceBatch
-from anomalib.data.utils import read_image
+from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torch import nn
 from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_metarefine.curation.manifest import data_sha256
 from anomalib_metarefine.deploy.sidecar import Sidecar, file_hash, write_sidecar
-from anomalib_metarefine.features.resize import ExactResize
+from anomalib_metarefine.features.resize import exact_export_transform
+from anomalib_metarefine.logs import quiet
+from anomalib_metarefine.model.graph import check_batch
+from anomalib_metarefine.model.post_processor import FrozenPostProcessor, score_scales
+from anomalib_metarefine.model.quantization import calibration_images, quantize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
-    import openvino as ov
+    import openvino
     from anomalib.data import AnomalibDataModule
+    from anomalib.deploy.export import CompressionType
 
-    from anomalib_metarefine.model.lightning_model import MetaRefine
     from anomalib_metarefine.refinement.rounds import Refinement
 
-_CALIBRATION_IMAGES = 300  # what NNCF recommends
-_STEM = 3  # convolutions; quantising the first costs 1.7 points of image AUROC on ELPV mono, all after these nothing
+# The opset is the one that torch's exporter writes natively: anomalib asks for 14, the exporter knows 18 and up, and
+# fails to convert the finished graph down.
+ONNX_SETTINGS = {"opset_version": 18, "verbose": False}
 _PACKAGES = ("anomalib-metarefine", "anomalib", "torch", "openvino", "nncf", "onnx", "timm")
 
 
-class FrozenPostProcessor(nn.Module):
-    """anomalib's post-processing of a finished model: one scale, one shift and one comparison for each output.
+@contextmanager
+def exportable(model: AnomalibModule, exact_resize: bool = True) -> Iterator[None]:
+    """A model as it is exported: anomalib's post-processor frozen, and the resize that of the training.
 
-    anomalib's own decides about missing thresholds and empty ranges inside of the graph, which costs ten operations on
-    every pixel. Here it is decided once.
+    Exporters stay silent meanwhile: they log a line for every operation that they look at.
 
     Args:
-        post_processor (PostProcessor): With its thresholds and ranges.
+        model (AnomalibModule): As it was, afterwards.
+        exact_resize (bool): ``False`` leaves the resize to anomalib, whose exports don't antialias.
     """
-
-    def __init__(self, post_processor: PostProcessor) -> None:
-        super().__init__()
-        self.thresholding = post_processor.enable_thresholding
-        self.normalizing = post_processor.enable_normalization
-        self.image, self.pixel = score_scales(post_processor)
-        self.image_limit = float(post_processor.normalized_image_threshold)
-        self.pixel_limit = float(post_processor.normalized_pixel_threshold)
-
-    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
-        """Normalised scores ``[B]`` and maps ``[B x 1 x H x W]`` in [0, 1], labels and masks."""
-        score = self._normalize(predictions.pred_score, self.image)
-        anomaly_map = self._normalize(predictions.anomaly_map, self.pixel)
-        label = score > self.image_limit if self.thresholding else None
-        mask = anomaly_map > self.pixel_limit if self.thresholding else None
-        return InferenceBatch(pred_score=score, pred_label=label, anomaly_map=anomaly_map, pred_mask=mask)
-
-    def _normalize(self, values: torch.Tensor, scale: dict[str, float]) -> torch.Tensor:
-        span = scale["maximum"] - scale["minimum"]
-        if not self.normalizing or np.isnan(span):
-            return values
-        if span == 0:  # all validation images had one score: anomalib then tells only above from below
-            return 0.5 + 0.5 * torch.sign(values - scale["threshold"])
-        return ((values - scale["threshold"]) / span + 0.5).clamp(0, 1)
-
-
-def score_scales(post_processor: PostProcessor) -> tuple[dict[str, float], dict[str, float]]:
-    """Raw threshold, minimum and maximum of image scores and of anomaly maps, as anomalib takes them.
-
-    Where there is no threshold, it takes the middle between minimum and maximum. NaN where a model was never validated.
-    """
-    scales = []
-    for kind in ("image", "pixel"):
-        low, high, threshold = (
-            getattr(post_processor, f"{kind}_{name}").item() for name in ("min", "max", "threshold")
-        )
-        threshold = (low + high) / 2 if np.isnan(threshold) else threshold
-        scales.append({"threshold": threshold, "minimum": low, "maximum": high})
-    return scales[0], scales[1]
-
-
-@contextmanager
-def exportable(model: MetaRefine) -> Iterator[None]:
-    """A model as it is exported: with its post-processor frozen, if it is anomalib's own."""
-    post_processor = model.post_processor
+    post_processor, pre_processor = model.post_processor, model.pre_processor
+    if isinstance(post_processor, FrozenPostProcessor):  # one export calls another: OpenVINO goes through ONNX
+        yield
+        return
+    transform = getattr(pre_processor, "export_transform", None)
     if type(post_processor) is PostProcessor:
         model.post_processor = FrozenPostProcessor(post_processor)
+    if transform is not None:
+        as_exported = exact_export_transform if exact_resize else get_exportable_transform
+        pre_processor.export_transform = as_exported(pre_processor.transform)
     try:
-        yield
+        with quiet("onnx_ir", "onnxscript", "torch.onnx"):
+            yield
     finally:
         model.post_processor = post_processor
+        if transform is not None:
+            pre_processor.export_transform = transform
 
 
-def describe(model: MetaRefine, path: Path, kind: str, precision: str, input_size: tuple[int, int] | None) -> Path:
+def export_model(
+    model: AnomalibModule,
+    export_root: str | Path,
+    kind: Literal["openvino", "onnx", "torch"] = "openvino",
+    compression: CompressionType | None = None,
+    input_size: tuple[int, int] | None = None,
+    exact_resize: bool = True,
+    datamodule: AnomalibDataModule | None = None,
+) -> Path:
+    """Export any model of anomalib so that it scores like the checkpoint, with ``metadata.json`` beside it.
+
+    Args:
+        model (AnomalibModule): A trained model.
+        export_root (str | Path): The files go into ``weights/openvino`` (``onnx``, ``torch``) under it.
+        kind (Literal["openvino", "onnx", "torch"]): Format.
+        compression (CompressionType | None): Of OpenVINO files; ``None`` is FP32.
+        input_size (tuple[int, int] | None): Height and width of the images that the graph accepts; ``None`` means any.
+        exact_resize (bool): See `exportable`.
+        datamodule (AnomalibDataModule | None): For 8 bits, where anomalib's own models are calibrated.
+
+    Returns:
+        Path: The model's file.
+
+    Raises:
+        ValueError: If a compression is asked for with another format than OpenVINO, or the graph takes no single image.
+    """
+    if compression and kind != "openvino":
+        msg = f"{compression.name} is for OpenVINO files only, found {kind}. Leave one of the two out."
+        raise ValueError(msg)
+    with exportable(model, exact_resize):
+        if kind == "torch":
+            path = AnomalibModule.to_torch(model, export_root)
+        elif kind == "onnx":
+            path = AnomalibModule.to_onnx(model, export_root, input_size=input_size, **ONNX_SETTINGS)
+        else:
+            path = AnomalibModule.to_openvino(
+                model, export_root, input_size=input_size, compression_type=compression, datamodule=datamodule,
+                onnx_kwargs=ONNX_SETTINGS,
+            )  # fmt: skip
+    if kind != "torch":
+        check_batch(path)
+    write_metadata(model, path, kind, precision_of(compression), input_size)
+    return path
+
+
+def precision_of(compression: CompressionType | None) -> str:
+    """``"FP32"``, ``"FP16"`` or ``"INT8"``."""
+    return compression.name.split("_")[0] if compression else "FP32"
+
+
+def write_metadata(
+    model: AnomalibModule, path: Path, kind: str, precision: str, input_size: tuple[int, int] | None
+) -> Path:
     """Write ``metadata.json`` beside an exported model.
 
     Args:
-        model (MetaRefine): That was exported.
+        model (AnomalibModule): That was exported.
         path (Path): The ``.xml``, ``.onnx`` or ``.pt`` file.
-        kind (str): ``"openvino"``, ``"onnx"`` or ``"torch"``.
-        precision (str): ``"FP32"``, ``"FP16"`` or ``"INT8"``.
-        input_size (tuple[int, int] | None): Height and width of the images that the graph accepts; ``None`` means any.
+        kind (str): See `sidecar_of`.
+        precision (str): See `sidecar_of`.
+        input_size (tuple[int, int] | None): See `sidecar_of`.
 
     Returns:
         Path: Of the metadata.
+    """
+    sidecar = sidecar_of(model, kind, precision, input_size)
+    sidecar.files = {file.name: file_hash(file) for file in sorted(path.parent.glob(f"{path.stem}.*"))}
+    return write_sidecar(path.parent, sidecar)
+
+
+def sidecar_of(model: AnomalibModule, kind: str, precision: str, input_size: tuple[int, int] | None) -> Sidecar:
+    """What ``metadata.json`` of an exported model must say, but for the hashes of its files.
+
+    Args:
+        model (AnomalibModule): That was exported.
+        kind (str): ``"openvino"``, ``"onnx"`` or ``"torch"``.
+        precision (str): ``"FP32"``, ``"FP16"`` or ``"INT8"``.
+        input_size (tuple[int, int] | None): Height and width of the images that the graph accepts; ``None`` means any.
     """
     has_scales = isinstance(model.post_processor, PostProcessor)
     image_score, anomaly_map = score_scales(model.post_processor) if has_scales else ({}, {})
     for scale, name in ((image_score, "image"), (anomaly_map, "pixel")):
         if scale:
             scale["normalized_threshold"] = float(getattr(model.post_processor, f"normalized_{name}_threshold"))
-    refinement = model.refinement
-    sidecar = Sidecar(
+    refinement = getattr(model, "refinement", None)
+    return Sidecar(
         model={"name": type(model).__name__, "format": kind, "precision": precision},
-        files={file.name: file_hash(file) for file in sorted(path.parent.glob(f"{path.stem}.*"))},
+        files={},
         input={
             "name": "input",
             "layout": "NCHW",
             "colour_order": "RGB",
             "value_range": [0.0, 1.0],
-            "size": _resized_to(model),
+            "size": _resized_to(getattr(model.pre_processor, "transform", None)),
             "accepts": list(input_size) if input_size else "any",
         },
         image_score=image_score,
         anomaly_map=anomaly_map,
-        calibration=_calibration_in_force(model),
+        calibration=_calibration_in_force(getattr(model, "calibration", None), model.post_processor),
         training={
             "images": len(refinement.kept) if refinement else None,
             "kept": sum(refinement.kept) if refinement else None,
-            **model.provenance,
+            **getattr(model, "provenance", {}),
         },
-        versions=_versions(),
+        versions={name.replace("-", "_"): _version(name) for name in _PACKAGES},
     )
-    return write_sidecar(path.parent, sidecar)
+
+
+class VerifiableExport:
+    """What MetaRefine puts in front of anomalib's export methods, so that `anomalib export` does as `export_model`."""
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Anomalib's export, with ``metadata.json`` beside it."""
+        path = super().to_torch(export_root, model_file_name)
+        write_metadata(self, path, "torch", "FP32", None)
+        return path
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Anomalib's export as `ONNX_SETTINGS` have it, with ``metadata.json`` beside it."""
+        with exportable(self):
+            path = super().to_onnx(export_root, model_file_name, input_size, **ONNX_SETTINGS | kwargs)
+        write_metadata(self, path, "onnx", "FP32", input_size)
+        return path
+
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Anomalib's export, with ``metadata.json`` beside it; ``INT8_PTQ`` quantises the backbone alone."""
+        path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
+        write_metadata(self, path, "openvino", precision_of(compression_type), input_size)
+        return path
+
+    def _post_training_quantization_ov(
+        self, model: openvino.Model, datamodule: AnomalibDataModule | None = None
+    ) -> openvino.Model:
+        return quantize(model, calibration_images(self.refinement, datamodule))
 
 
 def data_hashes(refinement: Refinement, hashes: Mapping[str, str]) -> dict[str, str | None]:
@@ -155,23 +231,19 @@ def data_hashes(refinement: Refinement, hashes: Mapping[str, str]) -> dict[str, 
     return {"data_sha256": data_sha256(contents, contents), "manifest_sha256": data_sha256(contents, decisions)}
 
 
-def _calibration_in_force(model: MetaRefine) -> dict[str, Any] | None:
+def _calibration_in_force(
+    calibration: dict[str, Any] | None, post_processor: nn.Module | None
+) -> dict[str, Any] | None:
     """How the threshold in the graph was chosen; ``None`` if by a validation since."""
-    calibration, post_processor = model.calibration, model.post_processor
     if calibration is None or not isinstance(post_processor, PostProcessor):
         return None
     return calibration if np.isclose(calibration["threshold"], post_processor.image_threshold.item()) else None
 
 
-def _resized_to(model: MetaRefine) -> list[int] | None:
-    transform = getattr(model.pre_processor, "transform", None)
+def _resized_to(transform: nn.Module | None) -> list[int] | None:
     parts = transform.transforms if isinstance(transform, Compose) else [transform]
     sizes = [list(part.size) for part in parts if isinstance(part, Resize)]
     return sizes[0] if sizes else None
-
-
-def _versions() -> dict[str, str | None]:
-    return {name.replace("-", "_"): _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str | None:
@@ -179,101 +251,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def quantize(model: MetaRefine, network: ov.Model, datamodule: AnomalibDataModule | None) -> ov.Model:
-    """Quantise the backbone to 8 bits, calibrated on training images that refinement kept.
-
-    Whitening and flow stay in floating point, since they amplify small differences between features on purpose, and
-    so do the first convolutions, which would lose small differences between pixels.
-
-    Args:
-        model (MetaRefine): The model behind the network.
-        network (ov.Model): Its exported graph, in FP32.
-        datamodule (AnomalibDataModule | None): Where the training images are; ``None`` reads them from the paths they
-            had in training.
-
-    Raises:
-        ModuleNotFoundError: If NNCF is missing.
-        ValueError: If there is no image to calibrate on.
-    """
-    try:
-        import nncf
-    except ModuleNotFoundError as error:
-        msg = "INT8 needs NNCF. Install it: pip install 'anomalib-metarefine[int8]'."
-        raise ModuleNotFoundError(msg, name="nncf") from error
-
-    images = calibration_images(model, datamodule)
-    rows, columns = network.input(0).get_partial_shape()[2:]
-    resize = ExactResize((rows.get_length(), columns.get_length())) if rows.is_static else nn.Identity()
-    with _quiet("nncf"):  # a line for every operation otherwise
-        return nncf.quantize(
-            network,
-            nncf.Dataset(images, lambda path: resize(read_image(path, as_tensor=True)).unsqueeze(0).numpy()),
-            ignored_scope=nncf.IgnoredScope(names=_kept_in_float(network)),
-            subset_size=len(images),
-        )
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    log = logging.getLogger(name)
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def calibration_images(model: MetaRefine, datamodule: AnomalibDataModule | None) -> list[str]:
-    """Paths of up to 300 kept training images, spread evenly over their names.
-
-    Raises:
-        ValueError: If none of them is there.
-    """
-    refinement = model.refinement
-    if datamodule is not None:
-        datamodule.setup("fit")
-        rejected = set(refinement.rejected) if refinement else set()
-        paths = sorted(set(map(str, datamodule.train_data.samples.image_path)) - rejected)
-    elif refinement is not None:
-        paths = [path for path, kept in zip(refinement.paths, refinement.kept, strict=True) if kept]
-    else:
-        paths = []
-    paths = [path for path in paths if Path(path).is_file()]
-    if not paths:
-        where = f" (the first was {refinement.paths[0]})" if refinement else ""
-        msg = f"INT8 needs training images to calibrate on, and none is where it was in training{where}. Pass --data."
-        raise ValueError(msg)
-    picks = np.linspace(0, len(paths) - 1, min(_CALIBRATION_IMAGES, len(paths))).round().astype(int)
-    return [paths[i] for i in picks]
-
-
-def _kept_in_float(network: ov.Model) -> list[str]:
-    """Names of the operations outside of the backbone, and of its stem."""
-    name = "model.scorer.root_0"
-    operations = network.get_ordered_ops()
-    root = next((node for node in operations if node.get_friendly_name() == name), None)
-    if root is None:
-        msg = f"The exported graph has no constant {name!r}; without it, the backbone can't be told from the rest."
-        raise RuntimeError(msg)
-    whitened = next(iter(root.output(0).get_target_inputs())).get_node()
-    node = whitened.input_value(0).get_node()
-    while node.get_type_name() != "MatMul":  # up to the projection, past slices, transposes and a subtraction
-        node = node.input_value(0).get_node()
-    convolutions = [node for node in operations if node.get_type_name().endswith("Convolution")][:_STEM]
-    stem = _upstream(convolutions[-1]) if convolutions else set()  # and the resize before it
-    quantized = _upstream(node.input_value(0).get_node()) - stem
-    return [node.get_friendly_name() for node in operations if node.get_friendly_name() not in quantized]
-
-
-def _upstream(node: ov.Node) -> set[str]:
-    """Names of an operation and of all that it depends on."""
-    names, waiting = set(), [node]
-    while waiting:
-        node = waiting.pop()
-        if node.get_friendly_name() not in names:
-            names.add(node.get_friendly_name())
-            waiting.extend(value.get_node() for value in node.input_values())
-    return names

@@ -91,7 +91,7 @@ class SharedInitialisation:
             name (str): Its timm name.
             flow (PatchFlow): The model's.
         """
-        found = describe(backbone, name, flow)
+        found = architecture(backbone, name, flow)
         different = [
             f"{key} is {found[key]!r} here and {self.made_for[key]!r} there"
             for key in found
@@ -102,7 +102,7 @@ class SharedInitialisation:
             raise ValueError(msg)
 
 
-def describe(backbone: Backbone, name: str, flow: PatchFlow) -> dict[str, Any]:
+def architecture(backbone: Backbone, name: str, flow: PatchFlow) -> dict[str, Any]:
     """What an initialisation and a model must agree in."""
     couplings = flow.couplings.module_list
     return {
@@ -169,7 +169,7 @@ def learn_shared(
         "settings": settings.as_dict(),
         "versions": versions(),
     }
-    return SharedInitialisation(whitening, flow.state_dict(), describe(network, backbone, flow), run)
+    return SharedInitialisation(whitening, flow.state_dict(), architecture(network, backbone, flow), run)
 
 
 def learn_together(

@@ -16,30 +16,32 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, Batch
-from anomalib.deploy.export import CompressionType
+from anomalib.data import Batch
 from anomalib.metrics import AUROC, F1Score
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_metarefine.density.patch_density import trainable
 from anomalib_metarefine.features.backbone import normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
-from anomalib_metarefine.features.resize import ExactPreProcessor, suggested_size
+from anomalib_metarefine.features.resize import ExactPreProcessor
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.images.reading import check_images
+from anomalib_metarefine.logs import log_once
 from anomalib_metarefine.meta.maml import get_learner
 from anomalib_metarefine.model.calibration import calibrate_model
-from anomalib_metarefine.model.export import data_hashes, describe, exportable, quantize
+from anomalib_metarefine.model.checkpoints import KEY, additions, check_format
+from anomalib_metarefine.model.export import VerifiableExport, data_hashes
 from anomalib_metarefine.model.initialisation import SharedInitialisation
 from anomalib_metarefine.model.torch_model import MetaRefineModel
+from anomalib_metarefine.model.training_images import TrainingImages, give_resize_to, warn_if_squashed
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import refine_images
 from anomalib_metarefine.refinement.rounds import Refinement
@@ -47,20 +49,16 @@ from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.settings import Settings, setting_names, settings_docstring
 
 if TYPE_CHECKING:
-    import openvino
-
     from anomalib_metarefine.density.flow import PatchFlow
     from anomalib_metarefine.density.patch_density import Parameters
     from anomalib_metarefine.features.embedding import Whitening
 
 logger = logging.getLogger(__name__)
 
-_SQUASH_WARNING = 1.25  # change of aspect ratio from which on we tell the user
-_CHECKPOINT_KEY = "metarefine"
 _DEFAULTS = Settings()
 
 
-class MetaRefine(MemoryBankMixin, AnomalibModule):
+class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
     """Anomaly detection from a dirty training set.
 
     One pass over the training images collects features of a frozen backbone. By default a normalizing flow over
@@ -73,7 +71,8 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         backbone (str): Any timm architecture.
         layers (Sequence[str] | None): Modules of the backbone to read; ``None`` takes strides 8 and 16.
         pre_trained (bool): Load pretrained weights.
-        image_size (tuple[int, int]): Height and width the images are resized to. Keep the aspect ratio of your images.
+        image_size (tuple[int, int] | None): Height and width that images are resized to; ``None`` takes the shape of
+            most training images, at the area of 256 x 256 pixels (of a datamodule; dataloaders alone get 256 x 256).
         {settings}
         init_from (str | Path | None): File of `metarefine meta-train` to start from, instead of meta-training here.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
@@ -99,7 +98,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         backbone: str = OFFLINE_BACKBONE,
         layers: Sequence[str] | None = None,
         pre_trained: bool = True,
-        image_size: tuple[int, int] = (256, 256),
+        image_size: tuple[int, int] | None = None,
         dimensions: int = _DEFAULTS.dimensions,
         blocks: int = _DEFAULTS.blocks,
         hidden: int = _DEFAULTS.hidden,
@@ -136,8 +135,10 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         chosen = locals()
         settings = Settings(**{name: chosen[name] for name in setting_names()})
         get_rule(settings.rule)
+        log_once()
+        size_follows = pre_processor is True and image_size is None
         if pre_processor is True:
-            pre_processor = self.configure_pre_processor(tuple(image_size), backbone)
+            pre_processor = self.configure_pre_processor(image_size, backbone)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
@@ -145,6 +146,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             backbone, layers, pre_trained, settings.dimensions, settings.blocks, settings.hidden, settings.tail
         )
         self.settings = settings
+        self.size_follows_images = size_follows  # once training begins
         self._backbone, self._init_from = backbone, init_from
         self._shared: SharedInitialisation | None = None
         self.refinement: Refinement | None = None
@@ -153,37 +155,30 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         self._memory_limit_mb = memory_limit_mb
         self._store = FeatureStore(memory_limit_mb)
         self._grid: tuple[int, int] | None = None
-        self._hashes: dict[str, str] = {}
-        self._unreadable: dict[str, str] = {}
-        self._full_train_data: Any = None
+        self.training_images: dict[str, str] = {}
+        self.left_out_scores: list[float] = []
+        self._images = TrainingImages()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Those of anomalib, and one that looks at the training images before a fit."""
+        return [*super().configure_callbacks(), self._images]
 
     def setup(self, stage: str) -> None:
-        """Leave unreadable images out of this training run; the user's datamodule gets them back before it starts."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        train_data = getattr(datamodule, "train_data", None)
+        """Say so if nothing will be trained."""
         if stage == "fit" and self._is_fitted:
             logger.warning(
                 "This MetaRefine model is fitted and will not be fitted again; create a new one to train anew."
             )
-        if stage != "fit" or self._is_fitted or train_data is None:
-            return
-        paths = train_data.samples["image_path"].tolist()
-        if not paths:
-            msg = f"{datamodule.name} has no training images. Check its path and its split settings."
-            raise ValueError(msg)
-        checked = check_images(paths)
-        checked.require_as_trained(len(paths))
-        self._hashes, self._unreadable = checked.hashes, checked.unreadable
-        if len(self._unreadable) == len(paths):
-            first, reason = next(iter(self._unreadable.items()))
-            msg = f"None of the {len(paths)} training images can be read. The first is {first} ({reason})."
-            raise ValueError(msg)
-        if self._unreadable:
-            listing = "\n".join(f"  {path}: {reason}" for path, reason in self._unreadable.items())
-            logger.warning("%d training images can't be read and are left out:\n%s", len(self._unreadable), listing)
-            self._full_train_data = train_data
-            readable = [i for i, path in enumerate(paths) if str(path) not in self._unreadable]
-            datamodule.train_data = train_data.subsample(readable)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether `fit` has been run, here or before the checkpoint was written."""
+        return bool(self._is_fitted)
+
+    def resize_to(self, image_size: tuple[int, int]) -> None:
+        """Have images resized to a height and width, here and in exported graphs."""
+        self.pre_processor.replace(self.configure_pre_processor(image_size, self._backbone).transform)
+        logger.info("Images are resized to %d x %d pixels (height x width), the shape of most of them.", *image_size)
 
     def on_fit_start(self) -> None:
         """Fail now, before the pass over the images, if meta-learning can't have what it needs.
@@ -196,12 +191,6 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         if self._init_from:
             self._shared = SharedInitialisation.load(self._init_from)
             self._shared.require_same(self.model.backbone, self._backbone, self.model.flow)
-
-    def on_train_start(self) -> None:
-        """Give the datamodule its full training set back: the training dataloader exists by now."""
-        if self._full_train_data is not None:
-            self.trainer.datamodule.train_data = self._full_train_data
-            self._full_train_data = None
 
     def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Collect the features of a batch.
@@ -217,7 +206,7 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         del args, kwargs
         if not self._is_fitted:
             if len(self._store) == 0:
-                self._warn_if_squashed(batch)
+                warn_if_squashed(batch)
             embeddings, self._grid = self.model.embed(batch.image)
             self._store.add(batch.image_path, embeddings)
         return {"loss": torch.zeros((), requires_grad=True, device=self.device)}
@@ -246,8 +235,11 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
             )
         self.model.load_density(result.density, self._grid)
         self.model.to(self.device)
-        self.refinement = replace(result.refinement, left_out=result.refinement.left_out | self._unreadable)
-        self.provenance = {"seed": seed, **data_hashes(self.refinement, self._hashes)}
+        left_out = result.refinement.left_out | self._images.unreadable
+        self.refinement = replace(result.refinement, left_out=left_out)
+        self.left_out_scores = result.parts["likelihood"].tolist()
+        self._know_images()
+        self.provenance = {"seed": seed, **data_hashes(self.refinement, self.training_images)}
         self._set_first_thresholds()
         logger.info(self.refinement.structure)
         logger.info(
@@ -320,65 +312,31 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         ]
         return Evaluator(val_metrics=auroc(), test_metrics=[*auroc(), *f1_scores])
 
-    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Anomalib's export, with ``metadata.json`` beside it."""
-        path = super().to_torch(export_root, model_file_name)
-        describe(self, path, "torch", "FP32", None)
-        return path
-
-    def to_onnx(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Path:
-        """Anomalib's export, at the opset that torch's exporter writes natively, with ``metadata.json`` beside it.
-
-        It is asked for 14 by default, knows 18 and up, and fails to convert the finished graph down.
-        """
-        kwargs.setdefault("opset_version", 18)
-        with exportable(self):
-            path = super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-        describe(self, path, "onnx", "FP32", input_size)
-        return path
-
-    def to_openvino(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        compression_type: CompressionType | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Path:
-        """Anomalib's export, with ``metadata.json`` beside it; ``INT8_PTQ`` quantises the backbone alone."""
-        path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
-        precision = compression_type.name.split("_")[0] if compression_type else "FP32"
-        describe(self, path, "openvino", precision, input_size)
-        return path
-
-    def _post_training_quantization_ov(
-        self, model: openvino.Model, datamodule: AnomalibDataModule | None = None
-    ) -> openvino.Model:
-        return quantize(self, model, datamodule)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what refinement decided, how the threshold was chosen, and where the model comes from."""
         super().on_save_checkpoint(checkpoint)
-        if self.refinement is not None:
-            checkpoint[_CHECKPOINT_KEY] = {
-                "refinement": self.refinement.to_dict(),
-                "calibration": self.calibration,
-                "provenance": self.provenance,
-            }
+        checkpoint[KEY] = additions(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The inverse of `on_save_checkpoint`."""
+        """The inverse of `on_save_checkpoint`.
+
+        Raises:
+            ValueError: If another version wrote it in another format.
+        """
+        check_format({KEY: {}, **checkpoint})
         super().on_load_checkpoint(checkpoint)
-        if _CHECKPOINT_KEY in checkpoint:
-            kept = checkpoint[_CHECKPOINT_KEY]
-            self.refinement = Refinement.from_dict(kept["refinement"])
-            self.calibration, self.provenance = kept["calibration"], kept["provenance"]
+        kept = checkpoint[KEY]
+        self.refinement = Refinement.from_dict(kept["refinement"]) if kept["refinement"] else None
+        for name in ("calibration", "provenance", "training_images", "left_out_scores"):
+            setattr(self, name, kept[name])
+        if self._trainer is not None:
+            give_resize_to(self.trainer.datamodule)
+
+    def _know_images(self) -> None:
+        """Hash the training images, if they came from dataloaders and not from a datamodule."""
+        if not self.training_images:
+            paths = [path for path in self.refinement.paths if Path(path).is_file()]
+            self.training_images = check_images(paths).hashes
 
     def _set_first_thresholds(self) -> None:
         """Thresholds from the training images, for a model that is never validated; a validation replaces them."""
@@ -387,25 +345,11 @@ class MetaRefine(MemoryBankMixin, AnomalibModule):
         try:
             calibrate_model(self)
         except ValueError as error:  # a handful of images, or all alike
-            logger.info("No threshold from the training images: %s", error)
+            logger.warning("No threshold was set from the training images: %s", error)
 
     def _log_figures(self, figures: dict[str, float], step: int) -> None:
         for sink in self.trainer.loggers:
             sink.log_metrics(figures, step=step)
-
-    def _warn_if_squashed(self, batch: Batch) -> None:
-        if not batch.image_path:
-            return
-        with Image.open(batch.image_path[0]) as image:
-            width, height = image.size
-        rows, columns = batch.image.shape[-2:]
-        change = (width / height) / (columns / rows)
-        if max(change, 1 / change) > _SQUASH_WARNING:
-            suggestion = suggested_size(height, width, rows * columns)
-            logger.warning(
-                "Images of %d x %d pixels (height x width) are squashed to %d x %d, which hides thin defects. "
-                "Set image_size to their shape, e.g. %s or a multiple.", height, width, rows, columns, suggestion,
-            )  # fmt: skip
 
 
 MetaRefine.__doc__ = (MetaRefine.__doc__ or "").replace("{settings}", settings_docstring(indent=8).lstrip())

@@ -1,5 +1,6 @@
 """Exported models score like the checkpoint: torch, ONNX and OpenVINO in FP32, FP16 and INT8, on real images."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -21,8 +22,10 @@ from sklearn.metrics import roc_auc_score
 from anomalib_metarefine import ELPV, MetaRefine
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
 from anomalib_metarefine.deploy.sidecar import read_sidecar, verify_files
-from anomalib_metarefine.model.calibration import load_model
-from anomalib_metarefine.model.export import FrozenPostProcessor, calibration_images, quantize
+from anomalib_metarefine.model.checkpoints import load_checkpoint
+from anomalib_metarefine.model.graph import Graph
+from anomalib_metarefine.model.post_processor import FrozenPostProcessor
+from anomalib_metarefine.model.quantization import calibration_images
 
 # On processors with bfloat16 OpenVINO computes in it unless told otherwise; see docs/deployment.md.
 EXACT = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -53,7 +56,7 @@ def export_all(datamodule, root: Path) -> Exported:
         kind: Engine(accelerator="cpu").export(MetaRefine(), export_root=root / kind, ckpt_path=checkpoint, **setting)
         for kind, setting in settings.items()
     }
-    return Exported(load_model(checkpoint), paths)
+    return Exported(load_checkpoint(checkpoint), paths)
 
 
 @pytest.fixture(scope="module")
@@ -177,27 +180,19 @@ def test_int8_quantizes_the_backbone_alone(exported):
     assert "MatMul" not in kinds
 
 
-def test_int8_says_what_it_lacks(exported, tmp_path):
-    network = ov.Core().read_model(exported.paths["FP32"])
-    model = load_model_with_other_paths(exported.model)
+def test_int8_says_what_it_lacks(exported):
+    elsewhere = dataclasses.replace(exported.model.refinement, paths=["/nowhere/a.png"], kept=[True], scores=[0.0])
     with pytest.raises(ValueError, match=r"none is where it was in training .*Pass --data"):
-        quantize(model, network, None)
-
-
-def load_model_with_other_paths(model: MetaRefine) -> MetaRefine:
-    other = MetaRefine()
-    other.refinement = type(model.refinement)(paths=["/nowhere/a.png"], kept=[True], scores=[0.0])
-    return other
+        calibration_images(elsewhere, None)
 
 
 def test_int8_is_calibrated_on_kept_images(exported):
-    model = MetaRefine()
     refinement = exported.model.refinement
     kept = [i % 4 != 0 for i in range(len(refinement.paths))]
-    model.refinement = type(refinement)(paths=refinement.paths, kept=kept, scores=refinement.scores)
+    refinement = dataclasses.replace(refinement, kept=kept)
     chosen = [path for path, keep in zip(refinement.paths, kept, strict=True) if keep]
-    assert calibration_images(model, None) == chosen
-    assert calibration_images(model, ELPV(train_images=40)) == sorted(chosen)
+    assert calibration_images(refinement, None) == chosen
+    assert calibration_images(refinement, ELPV(train_images=40)) == sorted(chosen)
 
 
 @pytest.mark.parametrize("kind", ["FP32", "fixed"])
@@ -229,6 +224,14 @@ def test_inferencers_of_anomalib(exported, tmp_path, monkeypatch):
         openvino = OpenVINOInferencer(paths[kind], device="CPU", config=EXACT).predict(path)
         assert openvino.pred_score.item() == pytest.approx(torch_.pred_score.item(), rel=1e-3)
         assert bool(openvino.pred_label.item()) == bool(torch_.pred_label.item())
+
+
+@pytest.mark.parametrize("kind", ["onnx", "FP32", "FP16", "INT8", "fixed"])
+def test_the_graph_itself_says_what_it_is(exported, kind):
+    graph = Graph(exported.paths[kind])
+    assert graph.precision == (kind if kind in ("FP16", "INT8") else "FP32")
+    assert graph.accepts == ((256, 256) if kind == "fixed" else None)
+    assert graph.open == (True, True)
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx", "FP32", "FP16", "INT8", "fixed"])

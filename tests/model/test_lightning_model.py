@@ -1,6 +1,8 @@
 """MetaRefine under anomalib's own Engine: what upstream's integration test asks for, and bad input."""
 
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,10 +15,13 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from anomalib_metarefine import Contaminated, MetaRefine
+from anomalib_metarefine.deploy.sidecar import file_hash, read_sidecar
+from anomalib_metarefine.model.calibration import raw_scores
+from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.model.initialisation import SharedInitialisation, learn_shared
 from anomalib_metarefine.model.torch_model import MetaRefineModel
-from anomalib_metarefine.refinement.engine import FitSettings
-from tests.conftest import folder, plate
+from anomalib_metarefine.settings import Settings
+from tests.conftest import folder, part, plate
 
 pytestmark = pytest.mark.usefixtures("patches_of_few_images")
 
@@ -129,6 +134,109 @@ def test_unreadable_images_are_left_out_listed_and_still_there(parts, tmp_path, 
     assert len(list(good.iterdir())) == 27
 
 
+class BrokenError(Exception):
+    """Something that goes wrong in a run."""
+
+
+def fails_without_its_file(model):
+    model._init_from = "nowhere.pt"
+
+
+def fails_in_training(model):
+    def training_step(*_):
+        raise BrokenError
+
+    model.training_step = training_step
+
+
+def is_interrupted(model):
+    def on_fit_start():
+        raise KeyboardInterrupt
+
+    model.on_fit_start = on_fit_start
+
+
+@pytest.mark.parametrize("spoil", [fails_without_its_file, fails_in_training, is_interrupted])
+def test_a_run_that_fails_gives_the_datamodule_back(parts, tmp_path, spoil):
+    (parts / "train/good/empty.png").write_bytes(b"")
+    datamodule, model = folder(parts), MetaRefine(**SMALL)
+    datamodule.val_split_mode = "none"
+    spoil(model)
+    runner = engine(tmp_path)
+    with pytest.raises((FileNotFoundError, BrokenError, SystemExit)):
+        runner.fit(model, datamodule=datamodule)
+    assert len(datamodule.train_data) == 25
+    assert runner.trainer.limit_val_batches == 1.0
+
+
+def test_trains_without_validation_images(parts, tmp_path):
+    datamodule = folder(parts, val_split_mode="none")
+    model, runner = trained(datamodule, tmp_path)
+    assert np.isfinite(model.post_processor.image_threshold.item())
+    assert runner.trainer.limit_val_batches == 1.0
+    (metrics,) = runner.test(model, datamodule=datamodule)
+    assert metrics["image_F1Score"] > 0.8  # the threshold is the training's own
+
+
+def test_the_size_follows_the_images_and_stays(tmp_path):
+    """Into the checkpoint, into exported graphs, and into the datamodule of a model that is made anew to test it."""
+    rng = np.random.default_rng(0)
+    for name, count, size, defect in [
+        ("train/good", 11, (60, 120), False), ("train/good", 3, (90, 90), False), ("test/good", 4, (60, 120), False),
+        ("test/blob", 4, (60, 120), True),
+    ]:  # fmt: skip
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            part(rng, size, defect).save(tmp_path / name / f"{size[0]}_{i}.png")
+    settings = {key: value for key, value in SMALL.items() if key != "image_size"}
+    model, runner = trained(folder(tmp_path), tmp_path, image_size=None)
+    assert model.input_size == (192, 352)
+    assert read_sidecar(model.to_openvino(tmp_path / "exported").parent).input["size"] == [192, 352]
+    checkpoint = runner.trainer.checkpoint_callback.best_model_path
+    assert load_checkpoint(checkpoint).input_size == (192, 352)
+
+    again, datamodule = MetaRefine(**settings), folder(tmp_path)
+    seen = []
+    model_forward = again.model.forward
+    again.model.forward = lambda images: seen.append(model_forward(images).pred_score) or model_forward(images)
+    engine(tmp_path).test(again, datamodule=datamodule, ckpt_path=checkpoint)
+    order = [str(path) for path in datamodule.test_data.samples.image_path]
+    wanted = raw_scores(load_checkpoint(checkpoint), order).image
+    np.testing.assert_allclose(torch.cat(seen).double().numpy(), wanted, rtol=1e-4)
+
+
+def test_a_size_that_is_given_is_kept(parts, tmp_path):
+    model, _ = trained(folder(parts), tmp_path, image_size=(64, 160))
+    assert model.input_size == (64, 160)
+
+
+def test_the_content_of_the_training_images_is_known(parts, tmp_path):
+    datamodule = folder(parts)
+    model, _ = trained(datamodule, tmp_path)
+    first = min((parts / "train/good").iterdir())
+    assert model.training_images[str(first)] == file_hash(first)
+    datamodule = folder(parts)
+    datamodule.setup()
+    loader = datamodule.train_dataloader()
+    model, runner = MetaRefine(**SMALL), engine(tmp_path)
+    runner.fit(model, train_dataloaders=loader)
+    assert model.training_images[str(first)] == file_hash(first)
+    assert len(model.training_images) == 24
+
+
+def test_messages_of_the_anomalib_command_come_once():
+    program = """
+import logging
+from anomalib.loggers import configure_logger
+configure_logger()
+from anomalib_metarefine.logs import log_once
+log_once()
+logging.getLogger("anything").warning("hello")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout + done.stderr).count("hello") == 1
+
+
 def test_nothing_readable(parts, tmp_path):
     for path in (parts / "train/good").iterdir():
         path.write_text("not an image")
@@ -230,7 +338,7 @@ def test_patches_are_all_learned_where_images_are_few_or_not_compared(spotted):
 
 @pytest.fixture
 def shared(parts):
-    settings = FitSettings(dimensions=32, meta_steps=2, batch_patches=64)
+    settings = Settings(dimensions=32, meta_steps=2, batch_patches=64)
     found = learn_shared([(parts / "test/good", (96, 96))], settings=settings, progress=False)
     path = parts / "shared" / "start.pt"
     found.save(path)
