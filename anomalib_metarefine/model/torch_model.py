@@ -62,6 +62,8 @@ class MetaRefineModel(nn.Module):
             density (PatchDensity): Whitening and flow parameters.
             grid (tuple[int, int]): Rows and columns of patches it was fitted on.
         """
+        # First the permutations of its flow, which are no parameters that learn.
+        self.flow.load_state_dict(density.flow.state_dict())
         self.flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
         self.scorer.load(density.whitening, density.gaussian, self.flow, position_code(*grid))
 
