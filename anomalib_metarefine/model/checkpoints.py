@@ -196,7 +196,7 @@ def _model_class(path: str | Path, kept: str | None, wanted: str | None) -> type
     if not name:
         msg = f"{path} does not say which model it is of. Pass its name, e.g. --model Patchcore."
         raise ValueError(msg)
-    from anomalib_metarefine.model.lightning_model import MetaRefine
+    from anomalib_metarefine import MetaRefine
 
     found = MetaRefine if name == MetaRefine.__name__ else getattr(anomalib.models, name, None)
     if not (isinstance(found, type) and issubclass(found, AnomalibModule)):

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule, Batch
     from lightning.pytorch import LightningModule, Trainer
 
-    from anomalib_metarefine.model.lightning_model import MetaRefine
-
 logger = logging.getLogger(__name__)
 
 _SQUASH_WARNING = 1.25  # change of aspect ratio from which on we tell the user
@@ -42,7 +40,7 @@ class TrainingImages(Callback):
         self._train_data: Any = None
         self._limit_val_batches: int | float | None = None
 
-    def setup(self, trainer: Trainer, pl_module: MetaRefine, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:  # noqa: ANN401
         """Read all training images once.
 
         Raises:
