@@ -12,8 +12,9 @@ from anomalib_metarefine.cli.convert import CONVERT
 from anomalib_metarefine.cli.curation import CURATION
 from anomalib_metarefine.cli.deployment import DEPLOYMENT
 from anomalib_metarefine.cli.meta import META
+from anomalib_metarefine.cli.review import REVIEW
 
-_COMMANDS = CURATION | CONVERT | DEPLOYMENT | BENCHMARK | META
+_COMMANDS = CURATION | REVIEW | CONVERT | DEPLOYMENT | BENCHMARK | META
 
 
 def main(argv: list[str] | None = None) -> int:

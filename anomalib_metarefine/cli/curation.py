@@ -94,7 +94,8 @@ def _curate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _review_arguments(parser: argparse.ArgumentParser) -> None:
+def review_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the review by a table."""
     add = parser.add_argument
     add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
     add("--decisions", type=Path, metavar="CSV", help="image_path or sha256, and decision: keep or reject")
@@ -102,7 +103,8 @@ def _review_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="CSV", help="the table to fill in; default: to_review.csv beside the manifest")
 
 
-def _review(options: argparse.Namespace) -> int:
+def review(options: argparse.Namespace) -> int:
+    """Take over a person's decisions from a table, or write one to fill in."""
     from anomalib_metarefine.curation.decisions import decide, read, remember
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.questions import template
@@ -246,13 +248,6 @@ CURATION = {
         "Decides about every image: keep, reject or review. Writes manifest.csv, run.json, evidence.npz, report.html.",
         _curate_arguments,
         _curate,
-    ),
-    "review": Command(
-        "take over a person's decisions, or ask for them",
-        "With --decisions: overrides the manifest, and remembers by content for the next run into the same folder. "
-        "Without: shows the review queue, most uncertain first, and writes a table to fill in.",
-        _review_arguments,
-        _review,
     ),
     "apply": Command(
         "sort the images into keep, reject and review",

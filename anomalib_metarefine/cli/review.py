@@ -1,0 +1,75 @@
+"""The subcommand for a person's review."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from anomalib_metarefine.cli.command import Command, command_line
+from anomalib_metarefine.cli.curation import review as table
+from anomalib_metarefine.cli.curation import review_arguments as table_arguments
+
+if TYPE_CHECKING:
+    import argparse
+
+_NEEDED = ("starlette", "uvicorn")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    table_arguments(parser)
+    add = parser.add_argument
+    add("--port", type=int, default=0, help="of the page; 0 takes a free one")
+    add("--host", default="127.0.0.1", help="address to listen on; others than this machine's own let others in")
+    add("--no-browser", dest="browser", action="store_false", help="only print the address")
+    add("--by", default="", metavar="NAME", help="who answers, for the record; the user's name if not given")
+
+
+def _review(options: argparse.Namespace) -> int:
+    if options.decisions or options.out or options.budget is not None:
+        return table(options)
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"The review page needs {' and '.join(missing)}: pip install 'anomalib-metarefine[review]'.")
+        print("Without it, here is a table to fill in.")
+        return table(options)
+    from anomalib_metarefine.curation.decisions import DECISIONS_FILE
+    from anomalib_metarefine.curation.review.server import serve
+    from anomalib_metarefine.curation.review.session import Session
+
+    folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
+    session = Session(folder, options.by)
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
+        warning = "metarefine: everybody who can reach %s and knows the address below sees the images and can answer."
+        print(warning % options.host, file=sys.stderr)
+
+    def opened(address: str) -> None:
+        print(
+            f"Review of {len(session.images)} images: {address}\nCtrl-C ends it; every answer is on the disk.",
+            flush=True,
+        )
+        if options.browser:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    serve(session, options.host, options.port, opened)
+    state = session.standing()
+    print(f"Looked at {state.looked} of {state.total}, found {state.found}, at most {state.at_most} left (95 %).")
+    print(state.reason)
+    if state.looked:
+        print("To bring the manifest and the report up to date with the answers:")
+        print(f"  {command_line('metarefine', 'review', folder, '--decisions', folder / DECISIONS_FILE)}")
+    return 0
+
+
+REVIEW = {
+    "review": Command(
+        "look at the most suspicious images in a local web page, and know when to stop",
+        "Opens a page on this machine: the most suspicious images first, chosen anew from every answer, and a few "
+        "drawn at random, which tell how many dirty ones are left. Answers go to decisions.csv in the folder at once. "
+        "With --budget or --out: a table to fill in instead; with --decisions, it is taken over.",
+        _arguments,
+        _review,
+    )
+}

@@ -1,0 +1,1 @@
+"""A person's review of the images of a curation, in a local web page."""

@@ -1,0 +1,258 @@
+"""The web server of a review: one page, its pictures and its answers, for this machine only."""
+
+from __future__ import annotations
+
+import io
+import math
+import secrets
+import threading
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image as Pillow
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.templating import Jinja2Templates
+
+from anomalib_metarefine.curation.pictures import heat_layer, thumbnail
+from anomalib_metarefine.images.reading import UnreadableImageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from anomalib_metarefine.curation.review.session import Page, Session
+
+_HERE = Path(__file__).parent
+_THUMBNAIL, _LAYER = 640, 320  # pixels, side of a square image
+_FULL = 1 << 16
+_KEPT = 1000  # small pictures in memory, about 100 kB each
+_SHOWN_AS_IT_IS = {"PNG": {"L", "RGB", "RGBA", "P", "1"}, "JPEG": {"L", "RGB"}, "WEBP": {"RGB", "RGBA"}}
+_MOST_POSTED = 1 << 20  # bytes
+_LOCAL = ("127.0.0.1", "localhost", "[::1]")
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Guard:
+    """Lets only this server's own page in: a name of this machine in Host, and no foreign Origin.
+
+    A page elsewhere can make a browser send requests here, under a name of its own that leads to 127.0.0.1. The secret
+    in the address keeps other users of the machine out; this keeps other pages of the same browser out.
+
+    Args:
+        app (ASGIApp): What is guarded.
+        hosts (set[str]): Names with ports by which the server may be called.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: set[str]) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 403, or hand on with the headers of safety added."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get("host", ""), headers.get("origin")
+        own = host in self._hosts and (origin is None or origin == f"http://{host}")
+        posts = scope["method"] not in ("GET", "HEAD")
+        if not own or (posts and origin is None):
+            refusal = PlainTextResponse("Open the address that `metarefine review` printed, as it is.\n", 403)
+            await refusal(scope, receive, send)
+            return
+
+        async def with_headers(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
+            await send(message)
+
+        await self._app(scope, receive, with_headers)
+
+
+class Pictures:
+    """Small pictures and maps, made when first asked for.
+
+    Args:
+        session (Session): Whose images.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.small = lru_cache(_KEPT)(self._small)
+        evidence = session.evidence
+        self._maps = dict(zip(evidence.paths, evidence.maps, strict=True)) if evidence else {}
+        nearest = dict(zip(evidence.paths, evidence.nearest, strict=True)) if evidence else {}
+        self.nearest = [next((nearest[p] for p in i.paths if nearest.get(p)), "") for i in session.images]
+
+    def has_map(self, index: int) -> bool:
+        """Whether the curation stored an anomaly map of the image."""
+        return any(path in self._maps for path in self._session.images[index].paths)
+
+    def _small(self, name: str) -> bytes:
+        """JPEG of an image by its path; `OSError` or a kin of it if it can't be read."""
+        return _encoded(thumbnail(self._session.root / name, _THUMBNAIL), "JPEG")
+
+    def layer(self, index: int) -> bytes:
+        """PNG of the anomaly map, transparent where the image is usual."""
+        paths = self._session.images[index].paths
+        heat = next(self._maps[path] for path in paths if path in self._maps)
+        rows, columns = heat.shape
+        scale = _LAYER / max(rows, columns)
+        size = (round(columns * scale), round(rows * scale))
+        return _encoded(heat_layer(heat, self._session.evidence.limits, size), "PNG")
+
+
+def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
+    """The application.
+
+    Args:
+        session (Session): The review.
+        token (str): First part of every address.
+        hosts (set[str]): Names with ports by which the server may be called.
+    """
+    pictures = Pictures(session)
+    templates = Jinja2Templates(_HERE)
+
+    def shown(request: Request) -> Response:
+        context = {"source": session.manifest.run.get("source", str(session.root)), "folder": str(session.folder)}
+        return templates.TemplateResponse(request, "review.html.j2", context, headers={"Cache-Control": "no-store"})
+
+    def page_state(page: Page | None) -> dict[str, Any]:
+        state = {"standing": session.standing()._asdict(), "page": None, "soon": []}
+        if page is not None:
+            state["page"] = {"number": page.number, "kind": page.kind, "cards": [card(i) for i in page.images]}
+            state["soon"] = session.soon()
+        return state
+
+    def card(index: int) -> dict[str, Any]:
+        image = session.images[index]
+        return {
+            "index": index,
+            "path": image.path,
+            "copies": len(image.paths),
+            "alike": len(session.undecided_alike(index)),
+            "map": pictures.has_map(index),
+            "nearest": pictures.nearest[index],
+            "quality": image.row["quality"],
+            "score": image.row["score"] if math.isfinite(image.row["score"]) else None,  # NaN is no JSON
+            "decision": session.answers.get(index, ""),
+        }
+
+    async def post(request: Request) -> Response:
+        if int(request.headers.get("content-length", _MOST_POSTED)) >= _MOST_POSTED:
+            return PlainTextResponse("Too much at once.\n", 413)
+        try:
+            return JSONResponse(await run_in_threadpool(act, request.path_params["what"], await request.json()))
+        except (KeyError, TypeError, ValueError) as error:
+            return PlainTextResponse(f"Not understood: {error}\n", 400)
+
+    def act(what: str, sent: dict[str, Any]) -> dict[str, Any]:
+        client = str(sent["client"])[:64]
+        if what == "answer":
+            session.answer({int(i): str(decision) for i, decision in sent["decisions"].items()}, client)
+            return {"standing": session.standing()._asdict()}
+        if what == "alike":
+            return page_state(session.alike(client, int(sent["index"])))
+        if what == "page":
+            return page_state(session.page(int(sent["number"])) or session.next_page(client))
+        if what == "next":
+            return page_state(session.next_page(client))
+        msg = f"there is no {what}."
+        raise ValueError(msg)
+
+    def picture(request: Request) -> Response:
+        index, kind = request.path_params["index"], request.path_params["kind"]
+        try:
+            name = session.images[index].path
+            if kind == "full":
+                return _full(session.root / name)
+            if kind == "map":
+                return _kept(pictures.layer(index), "image/png")
+            return _kept(pictures.small({"small": name, "nearest": pictures.nearest[index]}[kind]), "image/jpeg")
+        except (LookupError, StopIteration):
+            return PlainTextResponse("There is no such picture.\n", 404)
+        except FileNotFoundError:
+            return PlainTextResponse("The file is no longer there.\n", 404)
+        except (OSError, UnreadableImageError) as error:
+            return PlainTextResponse(f"The file can't be read ({getattr(error, 'reason', error)}).\n", 404)
+
+    routes = [
+        Route("/", shown),
+        Route("/do/{what:str}", post, methods=["POST"]),
+        Route("/image/{index:int}/{kind:str}", picture),
+        Mount("/static", StaticFiles(directory=_HERE / "static")),
+    ]
+    return Guard(Starlette(routes=[Mount(f"/{token}", routes=routes)]), hosts)
+
+
+def serve(
+    session: Session, host: str = "127.0.0.1", port: int = 0, opened: Callable[[str], None] | None = None
+) -> None:
+    """Serve until Ctrl-C.
+
+    Args:
+        session (Session): The review.
+        host (str): Address to listen on.
+        port (int): 0 takes a free one.
+        opened (Callable[[str], None] | None): Called with the page's address once it can be opened.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    import socket
+
+    import uvicorn
+
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    token = secrets.token_urlsafe(16)
+    app = make_app(session, token, {f"{name}:{port}" for name in {*_LOCAL, named, *_names(host)}})
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+    if opened is not None:
+        threading.Timer(0.3, opened, [f"http://{named}:{port}/{token}/"]).start()
+    with suppress(KeyboardInterrupt):  # uvicorn has ended cleanly by then, and hands the signal on
+        server.run(sockets=[listener])
+
+
+def _names(host: str) -> set[str]:
+    """What others may call this machine by, if it listens to them."""
+    import socket
+
+    if host in (*_LOCAL, "::1"):
+        return set()
+    name = socket.gethostname()
+    found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+    return {name, socket.getfqdn(), *(f"[{address}]" if ":" in address else address for address in found)}
+
+
+def _full(path: Path) -> Response:
+    """The file itself where a browser can show it, else converted."""
+    with Pillow.open(path) as opened:
+        kind, mode = opened.format, opened.mode
+    if mode in _SHOWN_AS_IT_IS.get(kind, ()):
+        return FileResponse(path, media_type=Pillow.MIME[kind])
+    return Response(_encoded(thumbnail(path, _FULL), "PNG"), media_type="image/png")
+
+
+def _kept(content: bytes, kind: str) -> Response:
+    return Response(content, media_type=kind, headers={"Cache-Control": "private, max-age=86400"})
+
+
+def _encoded(image: Pillow.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=88) if kind == "JPEG" else image.save(buffer, kind)
+    return buffer.getvalue()
