@@ -106,7 +106,7 @@ def test_missing_and_broken_images_are_named_not_fatal(tmp_path):
     evidence.nearest[1] = ""
     page = Page(write_report(manifest, evidence, tmp_path / "report.html"))
     assert page.text.count("The file is no longer there.") == 1
-    assert page.text.count("The file can't be read (UnidentifiedImageError).") == 1
+    assert page.text.count("The file can't be read (") == 1
     assert page.text.count("No image to lay the map on.") == 2
     assert len(page.all("img", "src")) == 6 + 3 * 7 - 5
 

@@ -1,4 +1,4 @@
-"""The pages of a review, in a log that only grows: the audit's bound needs to know what was drawn, even after a kill."""
+"""The pages of a review, in a log that only grows: the bound needs to know what was drawn, even after a kill."""
 
 from __future__ import annotations
 
