@@ -158,13 +158,13 @@ class TestCurate:
 
 class TestReview:
     def test_asks_and_takes_over(self, out, root, tmp_path, capsys):
-        assert main(["review", str(out / "manifest.csv")]) == 0
+        assert main(["review", str(out / "manifest.csv"), "--table"]) == 0
         told = capsys.readouterr().out
         assert told.index("right/4.png") < told.index("left/2.png")
         table = pd.read_csv(out / "to_review.csv", dtype=str, keep_default_na=False)
         assert table.image_path.tolist() == ["right/4.png", "left/2.png"]
         table.assign(decision=["good", ""]).to_csv(out / "to_review.csv", index=False)
-        fails(capsys, "review", out, message="may hold your answers")
+        fails(capsys, "review", out, "--table", message="may hold your answers")
 
         assert main(["review", str(out), "--decisions", str(out / "to_review.csv")]) == 0
         told = capsys.readouterr().out
@@ -176,7 +176,7 @@ class TestReview:
 
     def test_an_empty_queue_writes_no_file(self, root, tmp_path, capsys):
         make_manifest(root, dict.fromkeys(DECISIONS, "keep")).write(tmp_path / "out")
-        assert main(["review", str(tmp_path / "out")]) == 0
+        assert main(["review", str(tmp_path / "out"), "--table"]) == 0
         assert "nothing to ask about; no file was written" in capsys.readouterr().out
         assert not (tmp_path / "out" / "to_review.csv").exists()
 

@@ -19,6 +19,7 @@ _NEEDED = ("starlette", "uvicorn")
 def _arguments(parser: argparse.ArgumentParser) -> None:
     table_arguments(parser)
     add = parser.add_argument
+    add("--table", action="store_true", help="no page: write the review queue as a table to fill in")
     add("--port", type=int, default=0, help="of the page; 0 takes a free one")
     add("--host", default="127.0.0.1", help="address to listen on; others than this machine's own let others in")
     add("--no-browser", dest="browser", action="store_false", help="only print the address")
@@ -26,7 +27,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _review(options: argparse.Namespace) -> int:
-    if options.decisions or options.out or options.budget is not None:
+    if options.table or options.decisions or options.out or options.budget is not None:
         return table(options)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -68,7 +69,7 @@ REVIEW = {
         "look at the most suspicious images in a local web page, and know when to stop",
         "Opens a page on this machine: the most suspicious images first, chosen anew from every answer, and a few "
         "drawn at random, which tell how many dirty ones are left. Answers go to decisions.csv in the folder at once. "
-        "With --budget or --out: a table to fill in instead; with --decisions, it is taken over.",
+        "With --table, --budget or --out: a table to fill in; with --decisions, it is taken over.",
         _arguments,
         _review,
     )
