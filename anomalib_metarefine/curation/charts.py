@@ -59,20 +59,6 @@ def histogram(table: pd.DataFrame) -> dict[str, Any] | None:
     }
 
 
-def percent(share: float) -> str:
-    """One decimal at most, with a space that does not break."""
-    return f"{100 * share:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
-
-
-def likely(probability: float) -> str:
-    """A probability in whole per cent, never called certain; an en dash where there is none."""
-    if not math.isfinite(probability):
-        return number(probability)
-    if probability > 0.99:
-        return "> 99\N{NO-BREAK SPACE}%"
-    return percent(round(probability, 2)) if probability >= 0.01 else "< 1\N{NO-BREAK SPACE}%"
-
-
 def number(value: float, digits: int = 1) -> str:
     """With a true minus sign; an en dash where there is no value."""
     if not math.isfinite(value):

@@ -39,6 +39,9 @@ class Evidence:
         limits (tuple[float, float]): Colour limits for all maps: a usual patch, and the most unusual ones.
         unusual_in (list[str]): ``image_path`` of the ``U`` images with regions that repair would replace.
         unusual (np.ndarray): ``[U x H x W]`` mask of the patches of these regions.
+        images (list[str]): ``image_path`` of all ``N`` images with features.
+        features (np.ndarray): ``[N x D]`` half precision, what is under the peak of each image's map; a review learns
+            from it which images look alike where they are unusual.
     """
 
     paths: list[str]
@@ -48,6 +51,8 @@ class Evidence:
     limits: tuple[float, float]
     unusual_in: list[str] = field(default_factory=list)
     unusual: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=bool))
+    images: list[str] = field(default_factory=list)
+    features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float16))
 
     def save(self, path: Path) -> None:
         """Write a NumPy archive."""
@@ -61,6 +66,8 @@ class Evidence:
                 limits=np.array(self.limits, dtype=float),
                 unusual_in=np.array(self.unusual_in, dtype=str),
                 unusual=self.unusual,
+                images=np.array(self.images, dtype=str),
+                features=self.features,
             )
 
     @classmethod
@@ -79,15 +86,22 @@ class Evidence:
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             msg = f"{file} is damaged ({error}). Run `metarefine curate` again."
             raise ValueError(msg) from error
-        listed = {name: found[name].tolist() for name in ("paths", "nearest", "groups", "limits", "unusual_in")}
+        listed = {
+            name: found[name].tolist() for name in ("paths", "nearest", "groups", "limits", "unusual_in", "images")
+        }
         evidence = cls(**{**found, **listed, "limits": tuple(listed["limits"])})
         evidence._check(file)
         return evidence
 
     def _check(self, file: Path) -> None:
-        require_inside([*self.paths, *filter(None, self.nearest), *self.unusual_in], f"Names in {file}")
+        require_inside([*self.paths, *filter(None, self.nearest), *self.unusual_in, *self.images], f"Names in {file}")
         shown = {len(self.paths), len(self.maps), len(self.nearest), len(self.groups)}
-        if len(shown) > 1 or len(self.unusual_in) != len(self.unusual) or {self.maps.ndim, self.unusual.ndim} != {3}:
+        if (
+            len(shown) > 1
+            or len(self.unusual_in) != len(self.unusual)
+            or len(self.images) != len(self.features)
+            or {self.maps.ndim, self.unusual.ndim} != {3}
+        ):
             msg = f"{file} is damaged: its parts are not of the same number of images. Run `metarefine curate` again."
             raise ValueError(msg)
 
@@ -107,16 +121,17 @@ def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> 
     limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
     patches = ~outside_regions(result.usual, grid, LEAST_REPAIRED).reshape(-1, *grid)
     spoilt = np.flatnonzero(patches.any((1, 2)))
-    unusual = ([names[i] for i in spoilt], patches[spoilt])
+    under_peaks = _under_peaks(result.images, maps, np.arange(len(names)))
+    rest = ([names[i] for i in spoilt], patches[spoilt], list(names), under_peaks.astype(np.float16))
     if len(shown) == 0:
-        return Evidence([], np.empty((0, *grid), np.float16), [], [], limits, *unusual)
+        return Evidence([], np.empty((0, *grid), np.float16), [], [], limits, *rest)
     return Evidence(
         [names[i] for i in shown],
         maps[torch.from_numpy(shown)].view(-1, *grid).half().numpy(),
         _nearest(result, names, shown),
-        _group(_under_peaks(result.images, maps, shown)),
+        _group(under_peaks[shown]),
         limits,
-        *unusual,
+        *rest,
     )
 
 

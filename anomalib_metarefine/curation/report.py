@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from PIL import Image
 
-from anomalib_metarefine.curation.charts import histogram, likely, number, percent
+from anomalib_metarefine.curation.charts import histogram, number
 from anomalib_metarefine.curation.pictures import SIDE, colour_stops, outline, overlay, thumbnail
 from anomalib_metarefine.images.reading import UnreadableImageError
 
@@ -38,7 +38,6 @@ _STOPPED = {
     "off": "it was off; the images were scored once",
 }
 _NOT_STATED: dict[str, Any] = {  # a manifest made by hand need not say how it came about
-    "contamination": None,
     "rounds": [],
     "stop_reason": "not stated",
     "seed": "not stated",
@@ -117,14 +116,14 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "likely": likely, "number": number, "count": "{:,}".format}
+    environment.filters |= {"number": number, "count": "{:,}".format}
     html = environment.get_template("report.html.j2").render(
         run=run,
         folder=str(path.resolve().parent),
         key=f"{run['data']['sha256']} {run['created']}",
         verdict=manifest.verdict,
         counts=manifest.counts,
-        split=bool((run["contamination"] or {}).get("visible_split", True)),
+        variants=table.variant.nunique(),
         stopped=_STOPPED.get(run["stop_reason"], run["stop_reason"]),
         histogram=histogram(table),
         cards=cards,

@@ -15,7 +15,7 @@ ODD_NAMES = ["<b>bold & \"quoted\" 'name'.png", "größe 部品.png", "50% #1?.p
 FENCE = 4.0
 
 
-def make(root: Path, keep=6, reject=4, review=3, names=(), files=True, visible_split=True, groups=None, quality=None):
+def make(root: Path, keep=6, reject=4, review=3, names=(), files=True, groups=None, quality=None):
     """A manifest and its evidence over small images under ``root``; ``names`` are the first of the rejected."""
     listed = [f"good/{i:05d}.png" for i in range(keep)]
     listed += [*names, *(f"bad/{i:05d}.png" for i in range(reject - len(names)))]
@@ -38,8 +38,8 @@ def make(root: Path, keep=6, reject=4, review=3, names=(), files=True, visible_s
             "reason": np.where(decision == "reject", "A patch stands out <far>.", "Close to the others."),
             "score": score,
             "fence_distance": score - FENCE,
-            "dirty_probability": 1 / (1 + np.exp(FENCE - score)),
-            "uncertainty": 0.4,
+            "q_value": 1 / (1 + np.exp(score - FENCE)),
+            "variant": 0,
             "score_round_1": score * 0.9,
             "quality": "",
         }
@@ -54,7 +54,7 @@ def make(root: Path, keep=6, reject=4, review=3, names=(), files=True, visible_s
         "seed": 3,
         "settings": {"rule": "auto"},
         "data": {"images": len(listed), "sha256": "f00d"},
-        "contamination": {"estimate": 0.3, "low": 0.2, "high": 0.5, "level": 0.9, "visible_split": visible_split},
+        "structure": {"text": "Photographs of one kind of part."},
         "rounds": [{"number": 1, "fence": FENCE * 0.9, "rejected": reject}],
         "stop_reason": "converged",
         "seconds": {"features": 1.5},
@@ -66,6 +66,8 @@ def make(root: Path, keep=6, reject=4, review=3, names=(), files=True, visible_s
         nearest=[listed[0] if keep else ""] * len(shown),
         groups=groups or [-1] * len(shown),
         limits=(0.0, 1.0),
+        images=listed,
+        features=rng.normal(size=(len(listed), 16)).astype(np.float16),
     )
     return Manifest(table, run), evidence
 

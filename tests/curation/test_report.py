@@ -45,12 +45,11 @@ def written(tmp_path, **settings) -> Page:
 def test_says_what_was_found(tmp_path):
     page = written(tmp_path, quality={"good/00001.png": "blurred; near duplicate of good/00002.png"})
     assert "4 of 13 images (30.8 %) were rejected, 3 need your eyes." in page.text
-    assert "Estimated share of dirty images: 30 %, with 90 % probability between 20 % and 50 %." in page.text
+    assert "Photographs of one kind of part." in page.text
     assert "the kept set no longer changed" in page.text
     assert "Histogram of 13 image scores" in page.text
     assert "near duplicate of good/00002.png" in page.text
     assert "f00d" in page.text
-    assert "is a guess" not in page.text
 
 
 def test_the_highest_scores_come_first_whatever_was_decided(tmp_path):
@@ -62,13 +61,15 @@ def test_the_highest_scores_come_first_whatever_was_decided(tmp_path):
     assert "Nothing was rejected." in page.text
 
 
-def test_no_card_says_likely_dirty_where_nothing_stands_apart(tmp_path):
-    assert "dirty: " in written(tmp_path).text
-    for settings in ({"visible_split": False}, {"visible_split": False, "reject": 0}, {"reject": 0}):
+def test_nothing_says_likely_dirty_before_somebody_has_looked(tmp_path):
+    for settings in ({}, {"reject": 0}):
         text = written(tmp_path, **settings).text
-        assert "dirty: " not in text
-        assert "A patch stands out" not in text  # the rule's reason
-    assert "Where to cut is a guess." in written(tmp_path, visible_split=False).text
+        assert "likely dirty" not in text
+        assert "probability" not in text
+    manifest, evidence = make(tmp_path)
+    manifest.table.loc[0, "variant"] = 1
+    assert "variant 1" in Page(write_report(manifest, evidence, tmp_path / "report.html")).text
+    assert "variant" not in written(tmp_path).text
 
 
 def test_is_one_file_and_asks_for_nothing_else(tmp_path):
@@ -164,7 +165,6 @@ def test_a_manifest_made_by_hand_need_not_say_how_it_came_about(tmp_path):
     manifest, evidence = make(tmp_path)
     bare = Manifest(manifest.table, {"root": str(tmp_path)})
     text = Page(write_report(bare, evidence, tmp_path / "report.html")).text
-    assert "Estimated share" not in text
     assert "seed not stated" in text
     off = Manifest(manifest.table, {"root": str(tmp_path), "stop_reason": "off"})
     text = Page(write_report(off, evidence, tmp_path / "report.html")).text

@@ -15,6 +15,7 @@ from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.order import Order, reorder
 from anomalib_metarefine.curation.review.pages import PAGES_FILE, Page, append_page, read_pages
+from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE
 from anomalib_metarefine.curation.stopping import Look, Standing, standing
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ class Session:
         if not self.images:
             msg = f"{self.folder} has no image that can be read, so there is nothing to review."
             raise ValueError(msg)
-        self.evidence = Evidence.load(self.folder / "evidence.npz") if (self.folder / "evidence.npz").exists() else None
-        self._features = _features(self.folder / "evidence.npz", self.manifest, self.images)
+        self.evidence = Evidence.load(self.folder / EVIDENCE_FILE) if (self.folder / EVIDENCE_FILE).exists() else None
+        self._features = _features(self.images, self.evidence)
         self._scores = np.array([image.row["score"] for image in self.images])
         self.groups = _groups(self.images, self.evidence)
         self._index = {image.sha256: image.index for image in self.images}
@@ -216,15 +217,12 @@ def _images(manifest: Manifest) -> list[Image]:
     ]
 
 
-def _features(path: Path, manifest: Manifest, images: list[Image]) -> np.ndarray | None:
-    """Deviation of every image from its like, one row an image; ``None`` where the curation stored none."""
-    if not path.exists():
+def _features(images: list[Image], evidence: Evidence | None) -> np.ndarray | None:
+    """One row an image; ``None`` where the curation stored none for one of them."""
+    row_of = {name: row for row, name in enumerate(evidence.images)} if evidence else {}
+    if not all(image.path in row_of for image in images):
         return None
-    with np.load(path, allow_pickle=False) as data:
-        if "features" not in data or len(data["features"]) != len(manifest.table):
-            return None
-        row_of = {name: row for row, name in enumerate(manifest.table.image_path)}
-        return data["features"][[row_of[image.path] for image in images]].astype(np.float32)
+    return evidence.features[[row_of[image.path] for image in images]].astype(np.float32)
 
 
 def _groups(images: list[Image], evidence: Evidence | None) -> list[set[str]]:
