@@ -10,7 +10,10 @@ from tests.curation.test_manifest import DECISIONS, make_files, make_manifest
 def make_evidence(paths=("right/3.png", "right/5.png"), groups=(0, -1), nearest="left/0.png") -> Evidence:
     maps = np.random.default_rng(0).random((len(paths), 2, 3)).astype(np.float16)
     unusual = np.ones((1, 2, 3), dtype=bool)
-    return Evidence(list(paths), maps, [nearest] * len(paths), list(groups), (0.0, 1.0), ["left/1.png"], unusual)
+    features = np.arange(8, dtype=np.float16).reshape(2, 4)
+    spoilt = (["left/1.png"], unusual)
+    everything = (["left/0.png", "left/1.png"], features)
+    return Evidence(list(paths), maps, [nearest] * len(paths), list(groups), (0.0, 1.0), *spoilt, *everything)
 
 
 def write(out, evidence):
@@ -32,6 +35,8 @@ def test_comes_back_as_it_was(out):
     assert (again.limits, again.unusual_in) == (evidence.limits, evidence.unusual_in)
     np.testing.assert_array_equal(again.maps, evidence.maps)
     np.testing.assert_array_equal(again.unusual, evidence.unusual)
+    assert again.images == evidence.images
+    np.testing.assert_array_equal(again.features, evidence.features)
 
 
 def test_is_of_the_run_that_lies_beside(out):
@@ -51,7 +56,7 @@ def test_is_of_the_run_that_lies_beside(out):
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "./a.png"])
-@pytest.mark.parametrize("where", ["paths", "nearest", "unusual_in"])
+@pytest.mark.parametrize("where", ["paths", "nearest", "unusual_in", "images"])
 def test_names_lead_nowhere_else(out, name, where):
     evidence = make_evidence()
     getattr(evidence, where)[0] = name
