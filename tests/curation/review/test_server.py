@@ -50,6 +50,8 @@ def call(app, path, body=None, **headers):
     }
 
     async def receive():
+        if received:  # as a browser that stays
+            await asyncio.Event().wait()
         received.append(1)
         return {"type": "http.request", "body": content, "more_body": False}
 
