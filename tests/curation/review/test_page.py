@@ -135,7 +135,10 @@ def test_300_images_to_the_end_with_a_kill_in_the_middle(folder, serve, tab):
         decided |= review_a_page(page, len(decided))
         until(page, NEW_PAGE_OR_END)
     assert len(decided) == 300
-    assert page.inner_text("#standing") == "Looked at 300 of 300 · found 60 · left about 0 (at most 0, 95 %)"
+    assert (
+        " ".join(page.inner_text("#standing").split())
+        == "Looked at 300 of 300 · found 60 · left about 0 (at most 0, 95 %)"
+    )
     assert "You can stop. Every image was looked at." in page.inner_text("#verdict")
     assert {paths[sha256]: decision for sha256, decision in load(folder).items()} == decided
 

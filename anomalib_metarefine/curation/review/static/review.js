@@ -87,7 +87,8 @@
 
   function stand(s) {
     const parts = [["Looked at", s.looked, `of ${s.total}`], ["found", s.found, ""], ["left about", Math.round(s.about), `(at most ${s.at_most}, 95 %)`]];
-    $("standing").replaceChildren(...parts.map(([before, number, after]) => make("span", {}, `${before} `, make("b", { textContent: number }), ` ${after}`)));
+    const spans = parts.map(([before, number, after]) => make("span", {}, `${before} `, make("b", { textContent: number }), ` ${after}`));
+    $("standing").replaceChildren(...spans.flatMap((span, i) => (i ? [" · ", span] : [span])));
     $("bad").style.width = `${(100 * s.found) / s.total}%`;
     $("good").style.width = `${(100 * (s.looked - s.found)) / s.total}%`;
     $("verdict").textContent = (s.stop ? "You can stop. " : "") + s.reason;
