@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import secrets
+import socket
 import threading
 from contextlib import suppress
 from functools import lru_cache
@@ -212,8 +213,6 @@ def serve(
     Raises:
         OSError: If the port is taken.
     """
-    import socket
-
     import uvicorn
 
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -230,8 +229,6 @@ def serve(
 
 def _names(host: str) -> set[str]:
     """What others may call this machine by, if it listens to them."""
-    import socket
-
     if host in (*_LOCAL, "::1"):
         return set()
     name = socket.gethostname()

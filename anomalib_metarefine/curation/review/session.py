@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from anomalib_metarefine.curation.decisions import DECISIONS_FILE, Answer, appen
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.order import Order, reorder
-from anomalib_metarefine.curation.review.pages import PAGES_FILE, Page, append_page, read_pages
+from anomalib_metarefine.curation.review.pages import PAGES_FILE, Entry, Page, append_page, read_pages
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE
 from anomalib_metarefine.curation.stopping import Look, Standing, standing
 
@@ -75,10 +76,12 @@ class Session:
         self._scores = np.array([image.row["score"] for image in self.images])
         self.groups = _groups(self.images, self.evidence)
         self._index = {image.sha256: image.index for image in self.images}
+        self._drawn_from = hashlib.sha256(" ".join(sorted(self._index)).encode()).hexdigest()
         self._random = np.random.default_rng(seed)
         self._lock = threading.RLock()
         self._seen: dict[str, float] = {}  # when each tab was heard of last: what it left goes to others after a while
-        self._stamp: tuple[int, int] = (-1, -1)
+        self._stamp: tuple[int, ...] = ()  # sizes of the two files when they were read
+        self._order: Order | None = None
         self._refresh()
 
     @property
@@ -157,11 +160,10 @@ class Session:
             return [i for i in order if i not in self._shown][:count]
 
     def _order_now(self) -> Order:
-        key = tuple(sorted(self.answers.items()))
-        if getattr(self, "_ordered", (None, None))[0] != key:
+        if self._order is None:
             dirty = {i: decision == "reject" for i, decision in self.answers.items()}
-            self._ordered = (key, reorder(self._scores, self._features, dirty))
-        return self._ordered[1]
+            self._order = reorder(self._scores, self._features, dirty)
+        return self._order
 
     def _looks(self) -> list[Look]:
         return [Look(audit, self._dirty(i)) for i, audit in self._shown.items()]
@@ -186,7 +188,7 @@ class Session:
     def _log(self, client: str, queue: Sequence[int], audit: Sequence[int], kind: str) -> Page:
         """Write a page down before anybody sees it: the bound needs to know what was drawn, even after a kill."""
         queued, drawn = ([self.images[i].sha256 for i in part] for part in (queue, audit))
-        append_page(self.folder, {"kind": kind, "client": client, "queue": queued, "audit": drawn})
+        append_page(self.folder, Entry(kind, client, self._drawn_from, queued, drawn))
         self._refresh()
         return self._pages[-1]
 
@@ -198,12 +200,12 @@ class Session:
             return
         known = load(self.folder)
         self.answers = {self._index[sha256]: answer for sha256, answer in known.items() if sha256 in self._index}
-        self._pages = read_pages(self.folder, self._index)
+        self._pages = read_pages(self.folder, self._index, self._drawn_from)
         self._shown: dict[int, bool] = {}  # whether it was drawn at random, in the order in which they were chosen
         for page in self._pages:
             for i in [*(i for i in page.images if i not in page.audit), *page.audit]:
                 self._shown.setdefault(i, i in page.audit)
-        self._stamp = stamp
+        self._stamp, self._order = stamp, None
         given = [i for i in self.answers if i not in self._shown]
         if given:  # answers from elsewhere were no draws: they must stand before the next page in the log
             self._log("", given, [], "given")

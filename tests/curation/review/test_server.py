@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -11,6 +12,7 @@ pytest.importorskip("starlette", reason="The extra `review` is not installed.")
 
 from anomalib_metarefine.curation.curate import Curation
 from anomalib_metarefine.curation.decisions import DECISIONS_FILE, Answer, append, load
+from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.pages import PAGES_FILE
 from anomalib_metarefine.curation.review.server import make_app
 from anomalib_metarefine.curation.review.session import PAGE_SIZE, Session
@@ -165,6 +167,19 @@ class TestSession:
         for _ in range(2):
             session.answer(dict.fromkeys(session.next_page("a").images, "keep"))
         assert len(session.next_page("a").audit) == 6
+
+    def test_draws_say_nothing_about_images_that_came_later(self, folder):
+        session = Session(folder, seed=0)
+        for _ in range(2):
+            session.answer(dict.fromkeys(session.next_page("a").images, "keep"))
+        before = session.standing()
+        later = session.manifest.table.iloc[:1].assign(image_path="new.png", sha256="new")
+        manifest = Manifest(pd.concat([session.manifest.table, later]), session.manifest.run)
+        Curation(manifest, session.evidence).write(folder)
+        after = Session(folder).standing()
+        assert (before.audited, after.audited) == (4, 0)
+        assert (before.looked, after.looked) == (24, 24)
+        assert after.at_most == 51 - 24
 
     def test_a_folder_without_a_manifest(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="metarefine curate"):
