@@ -38,7 +38,7 @@ def make(root: Path, keep=6, reject=4, review=3, names=(), files=True, groups=No
             "reason": np.where(decision == "reject", "A patch stands out <far>.", "Close to the others."),
             "score": score,
             "fence_distance": score - FENCE,
-            "q_value": 1 / (1 + np.exp(score - FENCE)),
+            "q_value": 1 / (1 + np.exp((score - FENCE).clip(-50, 50))),
             "variant": 0,
             "score_round_1": score * 0.9,
             "quality": "",
