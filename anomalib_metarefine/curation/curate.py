@@ -66,7 +66,7 @@ class Curation(NamedTuple):
         """
         others = {
             EVIDENCE_FILE: self.evidence.save,
-            REPORT_FILE: lambda path: write_report(self.manifest, self.evidence, path),
+            REPORT_FILE: lambda path: write_report(self.manifest, self.evidence, path, Path(folder)),
         }
         self.manifest.write(folder, others)
         return Path(folder) / REPORT_FILE

@@ -141,22 +141,25 @@ class Manifest:
         return [self.root / path for path in rows.image_path]
 
     @property
-    def verdict(self) -> str:
-        """What came out, in a sentence or two."""
+    def headline(self) -> str:
+        """What came out, in a sentence."""
         rejected, review, total = self.counts["reject"], self.counts["review"], len(self.table)
-        kind = self.run.get("structure", {}).get("text", "")
         text = f"{rejected} of {total} images ({_percent(rejected / total)}) {'was' if rejected == 1 else 'were'} "
-        text += f"rejected, {review} {'needs' if review == 1 else 'need'} your eyes. "
-        looked = int((self.table.decided_by == "user").sum())
-        if looked:
-            dirty = int(((self.table.decided_by == "user") & (self.table.decision == "reject")).sum())
-            text += f"A person has looked at {looked}, and found {dirty} dirty."
+        return text + f"rejected, {review} {'needs' if review == 1 else 'need'} your eyes."
+
+    @property
+    def verdict(self) -> str:
+        """The headline, what kind of folder it is, and what to do next."""
+        looked = self.table.decided_by == "user"
+        if looked.any():
+            dirty = int((looked & (self.table.decision == "reject")).sum())
+            text = f"A person has looked at {looked.sum()}, and found {dirty} dirty."
         else:
-            first = min(total, max(_FIRST_LOOK, rejected + review))
+            first = min(len(self.table), max(_FIRST_LOOK, self.counts["reject"] + self.counts["review"]))
             minutes = max(1, round(first * _SECONDS_A_LOOK / 60))
-            text += f"Look at the {first} highest scores first: about {minutes} minute{'s' * (minutes != 1)}. "
+            text = f"Look at the {first} highest scores first: about {minutes} minute{'s' * (minutes != 1)}. "
             text += "How many dirty images there are can't be said before somebody has looked."
-        return f"{kind} {text}".strip()
+        return " ".join(filter(None, (self.headline, self.run.get("structure", {}).get("text", ""), text)))
 
     def __repr__(self) -> str:
         return f"<Manifest of {self.root}: {self.verdict}>"

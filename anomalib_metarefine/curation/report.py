@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -82,7 +83,7 @@ class Group:
     cards: list[Card] = field(default_factory=list)
 
 
-def write_report(manifest: Manifest, evidence: Evidence, path: Path) -> Path:
+def write_report(manifest: Manifest, evidence: Evidence, path: Path, folder: Path | None = None) -> Path:
     """Write the report.
 
     The 24 highest scores are shown as cards whatever was decided, then up to 400 other images that are rejected or to
@@ -92,6 +93,7 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path) -> Path:
         manifest (Manifest): Decisions. Images that have gone since then are said to be missing.
         evidence (Evidence): Anomaly maps, nearest kept images and groups.
         path (Path): Where to write; its folder is made if need be.
+        folder (Path | None): Of the run, for the commands that the report shows; ``None`` takes the one of ``path``.
 
     Returns:
         Path: ``path``.
@@ -119,9 +121,10 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path) -> Path:
     environment.filters |= {"number": number, "count": "{:,}".format}
     html = environment.get_template("report.html.j2").render(
         run=run,
-        folder=str(path.resolve().parent),
+        folder=shlex.quote(str((folder or path.parent).resolve())),
         key=f"{run['data']['sha256']} {run['created']}",
-        verdict=manifest.verdict,
+        headline=manifest.headline,
+        verdict=manifest.verdict.removeprefix(manifest.headline).strip(),
         counts=manifest.counts,
         variants=table.variant.nunique(),
         stopped=_STOPPED.get(run["stop_reason"], run["stop_reason"]),

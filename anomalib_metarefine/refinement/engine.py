@@ -173,7 +173,8 @@ def refine_images(
 
     rounds = run_rounds(score, len(store), rule, settings.rounds, answers, report)
     learned, usual = everyone, everyone
-    if neighbours is not None and settings.patch_fence > 0 and _none_rejected(rounds.kept, answers):
+    alike = structure.comparable and not structure.variants.any()  # patches of a small variant are no defects
+    if neighbours is not None and settings.patch_fence > 0 and alike and _none_rejected(rounds.kept, answers):
         learned, usual = _without_unusual(images, rounds.kept, neighbours, settings)
     density = fit_density(images, rounds.kept, learned, flow, initial, settings, seed)
     maps = patch_scores(images, density, rounds.kept, learned)
