@@ -90,6 +90,7 @@ def examine(family: Family, folder: Folder, seed: int, **settings: object) -> di
         "looks": looks(scores, dirty),
         "rounds": len(result.refinement.rounds),
         "left_out": result.refinement.unusual_patches,
+        "minority_rejected": float("nan"),
     }
     labels = family.dirty[folder.test]
     trained = {"refined": result}

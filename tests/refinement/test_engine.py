@@ -3,212 +3,141 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from anomalib_metarefine.density.flow import bits_per_dimension
+from anomalib_metarefine.density.patch_density import new_flow, trainable
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.meta.episodes import PatchBatch
-from anomalib_metarefine.refinement import engine as fitting
-from anomalib_metarefine.refinement import patches
-from anomalib_metarefine.refinement.engine import DensityFitter, FitSettings, flow_loss, new_flow, trainable
-from anomalib_metarefine.refinement.rules import PosteriorFence
-from anomalib_metarefine.robust import lower_side_scale
+from anomalib_metarefine.refinement.engine import Images, fit_density, fit_whitening, refine_images
+from anomalib_metarefine.settings import Settings
 
-pytestmark = pytest.mark.usefixtures("patches_of_few_images")
-
-GRID = (4, 5)
-SETTINGS = {"dimensions": 6, "hidden": 8, "meta_steps": 1, "batch_patches": 64, "adaptation_steps": 1}
+GRID, CHANNELS = (5, 6), 10
+PLACES = GRID[0] * GRID[1]
+SMALL = {"dimensions": 6, "hidden": 8, "meta_steps": 1, "batch_patches": 64, "adaptation_steps": 1}
 
 
-@pytest.fixture
-def store():
-    """Aligned images that are ever noisier, four of them with a defect in one patch, at a place of its own."""
+def embeddings(count: int, dirty: int = 0, strength: float = 6.0) -> torch.Tensor:
+    """Aligned images of more or less noise; the first ``dirty`` have the same kind of defect, somewhere."""
     generator = torch.Generator().manual_seed(0)
-    places = 3 * torch.randn(20, 8, generator=generator)
-    noise = torch.linspace(0.5, 2, 40).view(-1, 1, 1)
-    embeddings = places + noise * torch.randn(40, 20, 8, generator=generator)
-    for image in range(4):
-        embeddings[5 * image, 6 + image] += 12
+    places = 3 * torch.randn(PLACES, CHANNELS, generator=generator)
+    noise = torch.linspace(0.5, 1.5, count)[torch.randperm(count, generator=generator)].view(-1, 1, 1)
+    images = places + noise * torch.randn(count, PLACES, CHANNELS, generator=generator)
+    defect = strength * torch.randn(CHANNELS, generator=generator)
+    for image in range(dirty):
+        row, column = image % (GRID[0] - 1), image % (GRID[1] - 1)
+        for down, right in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+            images[image, (row + down) * GRID[1] + column + right] += defect
+    return images
+
+
+def store_of(images: torch.Tensor, order: list[int] | None = None) -> FeatureStore:
+    order = list(range(len(images))) if order is None else order
     store = FeatureStore()
-    store.add([f"{i:02d}.png" for i in range(40)], embeddings)
+    store.add([f"{i:03d}.png" for i in order], images[order])
+    store.sort()
     return store
 
 
-def fitted(store, known=None, **changes):
-    settings = FitSettings(**SETTINGS | changes)
-    generator = torch.Generator().manual_seed(0)
-    fitter = DensityFitter(store, new_flow(8, settings, 0), GRID, settings, generator, Progress(disable=True))
-    _, refinement = fitter.fit(known)
-    return fitter, refinement
+def refined(images: torch.Tensor | FeatureStore, seed: int = 0, answers=None, start=None, **changes):
+    store = images if isinstance(images, FeatureStore) else store_of(images)
+    settings = Settings(**SMALL | changes)
+    return refine_images(store, GRID, settings, seed, Progress(disable=True), answers=answers, start=start)
 
 
-def test_defective_patches_are_left_out_where_no_image_is_rejected(store):
-    fitter, refinement = fitted(store, rule="share:0")
-    assert all(refinement.kept)
-    assert not any(fitter.learned[5 * image, 6 + image] for image in range(4))
-    assert 4 * 6 / 800 <= refinement.unusual_patches < 0.25  # with their neighbours
-    assert refinement.unusual_patches == pytest.approx(1 - fitter.learned.float().mean().item())
+def test_the_default_rule_finds_a_defect_that_recurs_and_rejects_nothing_of_a_clean_set():
+    found = refined(embeddings(100, dirty=12))
+    assert np.flatnonzero(~found.kept).tolist() == list(range(12))
+    assert found.refinement.rejected == [f"{i:03d}.png" for i in np.argsort(-found.scales.scores)[:12]]
+    assert refined(embeddings(100)).kept.all()
 
 
-def test_all_patches_are_learned_where_images_are_rejected_or_the_fence_is_off(store):
-    fitter, refinement = fitted(store, rule="count:4")
-    assert not all(refinement.kept)
-    assert fitter.learned.all()
-    assert fitted(store, rule="share:0", patch_fence=0.0)[0].learned.all()
-    assert fitted(store, rounds=0)[0].learned.all()
-
-
-def test_likeness_changes_the_order_of_the_scores_only(store, monkeypatch):
-    alone, by_score = fitted(store, likeness_weight=0.0, rounds=1, rule="share:0")
-    _, by_both = fitted(store, rounds=1, rule="share:0")
-    assert "likeness" not in alone.parts
-    assert len(by_both.parts["likeness"]) == 40
-    assert by_both.scores != by_score.scores
-    assert sorted(by_both.scores) == pytest.approx(sorted(by_score.scores))
-    monkeypatch.setattr(fitting, "FEWEST_IMAGES", 41)
-    few, unchanged = fitted(store, rounds=1, rule="share:0")
-    assert "likeness" not in few.parts
-    assert unchanged.scores == by_score.scores
-
-
-def test_likeness_counts_as_far_as_it_is_trusted_and_is_told_the_answers(store, monkeypatch):
-    plain = fitted(store, likeness_weight=0.0, rounds=1, rule="share:0")[1].scores
-    answers = []
-
-    def trusted(trust):
-        def likeness(_features, scores, known):
-            answers.append(known)
-            return np.arange(len(scores), dtype=float), trust
-
-        monkeypatch.setattr(fitting, "likeness", likeness)
-        return fitted(store, {3: True}, rounds=1, rule="share:0")[1].scores
-
-    assert trusted(0.0) == plain
-    assert trusted(1.0) != plain
-    assert all(known == {3: True} for known in answers)
-
-
-def test_few_images_are_learned_whole(store, monkeypatch):
-    monkeypatch.setattr(patches, "FEWEST_IMAGES", 41)
-    assert fitted(store, rule="share:0")[0].learned.all()
-
-
-def test_what_a_person_rejects_does_not_count_as_standing_apart(store):
-    fitter, refinement = fitted(store, {0: False, 39: True}, rule="share:0")
-    assert refinement.kept == [False] + [True] * 39
-    assert not any(fitter.learned[5 * image, 6 + image] for image in range(1, 4))
-    assert fitter.learned[0].all()  # of an image that is not learned from anyway
-
-
-def test_the_default_rule_is_told_answers_and_the_second_scale(store, monkeypatch):
-    told = []
-
-    def fence(_rule, scores, known, further):
-        told.append((scores, known, further))
-        return np.inf
-
-    def trusted(trust, known=None):
-        monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (np.sin(np.arange(40)), trust))
-        return fitted(store, known, rule="auto", rounds=1)[1].parts
-
-    monkeypatch.setattr(PosteriorFence, "fence", fence)
-    answers = {0: False, 39: True}
-    parts = trusted(1.0, answers)
-    assert "combined" not in trusted(0.99)  # too little explained for a scale of its own
-    (scores, known, (combined,)), (_, nothing_known, no_further_scale) = told
-    assert known is answers
-    np.testing.assert_array_equal(np.argsort(combined), np.argsort(scores))
-    assert np.abs(combined - scores).max() > 0.1
-    assert parts["combined"] == combined.tolist()
-    assert (nothing_known, no_further_scale) == (None, [])
-
-
-def test_rejected_images_teach_a_third_scale(store, monkeypatch):
-    taught, told = [], []
-
-    def resembling(_features, scores, kept, known):
-        taught.append((scores, kept.copy(), known))
-        return None if kept.all() else np.cos(np.arange(40))
-
-    def fence(_rule, scores, _known, further):
-        told.append((scores, further))
-        return np.sort(scores)[-5]
-
-    monkeypatch.setattr(fitting, "resemblance", resembling)
-    monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (np.sin(np.arange(40)), 1.0))
-    monkeypatch.setattr(PosteriorFence, "fence", fence)
-    _, refinement = fitted(store, {39: True}, rule="auto", rounds=2)
-    (_, (combined,)), (scores, further) = told
-    np.testing.assert_array_equal(np.argsort(taught[0][0]), np.argsort(combined))
-    assert [(~kept).sum() for _, kept, _ in taught][:2] == [0, 4]
-    assert all(known == {39: True} for *_, known in taught)
-    assert len(further) == 2
-    for scale in further:  # all have the order of the third
-        np.testing.assert_array_equal(np.argsort(scale), np.argsort(scores))
-    parts = {name: np.array(values) for name, values in refinement.parts.items()}
-    np.testing.assert_array_equal(parts["resemblance"], np.cos(np.arange(40)))
-    # Half as much of the resemblance as of the distance, both in their spreads.
-    standard = [
-        parts[name] / lower_side_scale(parts[name][refinement.kept])[1] for name in ("neighbours", "resemblance")
-    ]
-    weights = np.linalg.lstsq(np.column_stack([*standard, np.ones(40)]), parts["resembling"], rcond=None)[0]
-    assert weights[1] / weights[0] == pytest.approx(0.5, rel=1e-3)
-    np.testing.assert_array_equal(np.argsort(parts["resembling"]), np.argsort(refinement.scores))
-    monkeypatch.setattr(fitting, "likeness", lambda _features, scores, _known: (np.sin(np.arange(40)), 0.99))
-    assert "resembling" not in fitted(store, rule="auto", rounds=2)[1].parts
-
-
-def test_parts_that_lie_anywhere_are_learned_whole():
-    generator = torch.Generator().manual_seed(1)
-    embeddings = 0.3 * torch.randn(40, 20, 8, generator=generator)
-    for i, image in enumerate(embeddings):  # the part: three patches at a place of its own in every image
-        image[[i % 20, (i + 1) % 20, (i + 2) % 20]] += 4 * torch.randn(3, 8, generator=generator)
-    store = FeatureStore()
-    store.add([f"{i:02d}.png" for i in range(40)], embeddings)
-    fitter, refinement = fitted(store, rule="share:0", tail=0.1)
-    assert all(refinement.kept)
-    assert fitter.learned.all()
-
-
-def test_what_is_left_out_leaves_no_trace(store):
-    first, _ = fitted(store, rule="share:0", adaptation_steps=20)
-    embeddings = store.images()
-    embeddings[~first.learned[torch.from_numpy(first.order).argsort()]] = 99.0
-    other = FeatureStore()
-    other.add(store.paths, embeddings)
-    initial = first.meta_train()
-    densities = []
-    for images in (store, other):
-        generator = torch.Generator().manual_seed(0)
-        fitter = DensityFitter(
-            images, first.flow, GRID, first.settings, generator, Progress(disable=True), whitening=first.whitening
-        )
-        fitter.learned = first.learned
-        densities.append(fitter.fit_kept(first.kept, initial))
-    torch.testing.assert_close(densities[0].gaussian.precision_root, densities[1].gaussian.precision_root)
-    torch.testing.assert_close(densities[0].parameters, densities[1].parameters)
-
-
-def test_patches_left_out_are_scored_as_outsiders(store):
-    fitter, _ = fitted(store, rule="share:0", meta_steps=0, adaptation_steps=0)
-    gaussian = fitter.density.gaussian
-    for rows, chunk in fitter.whitened(fitter.kept.nonzero()[0]):
-        as_they_are = bits_per_dimension(gaussian(chunk), gaussian.log_det)
-        out = ~fitter.learned[rows]
-        torch.testing.assert_close(fitter.maps[rows][out], as_they_are[out])
-        assert (fitter.maps[rows][~out] != as_they_are[~out]).all()  # as if left out, though they were learned from
-
-
-def test_the_loss_learns_from_the_likely_patches():
-    flow = new_flow(8, FitSettings(**SETTINGS), 0)
-    patches, positions = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(40, 16)
-    likely = flow.bits(patches, positions).sort().values[:32].mean()
-    torch.testing.assert_close(flow_loss(flow, 0.2)(trainable(flow), PatchBatch(patches, positions)), likely)
-
-
-def test_the_same_seed_gives_the_same_flow_and_leaves_other_random_numbers_alone():
+def test_neither_the_order_of_the_images_nor_what_ran_before_matters():
+    images = embeddings(40, dirty=4)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    first, again = (new_flow(8, FitSettings(**SETTINGS), 5) for _ in range(2))
-    assert torch.rand(1) == expected
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
-    assert first.dimensions == 6
+    first = refined(images, rule="count:4")
+    assert torch.rand(1) == expected  # the caller's random numbers are left alone
+    again = refined(store_of(images, np.random.default_rng(0).permutation(40).tolist()), rule="count:4")
+    assert first.refinement == again.refinement
+    torch.testing.assert_close(first.maps, again.maps)
+    assert not torch.equal(first.maps, refined(images, seed=1, rule="count:4").maps)
+
+
+def test_what_is_rejected_leaves_no_trace():
+    images = embeddings(40, dirty=4)
+    found = refined(images, rule="count:4")
+    assert np.flatnonzero(~found.kept).tolist() == [0, 1, 2, 3]
+    other = images.clone()
+    other[:4] = 99.0
+    flow, settings = found.density.flow, Settings(**SMALL)
+    everything = np.ones((40, PLACES), dtype=bool)
+    first, second = (
+        fit_density(
+            Images(store_of(some), found.images.whitening, GRID), found.kept, everything, flow, trainable(flow),
+            settings, 0,
+        )
+        for some in (images, other)
+    )  # fmt: skip
+    torch.testing.assert_close(first.gaussian.precision_root, second.gaussian.precision_root)
+    torch.testing.assert_close(first.parameters, second.parameters)
+
+
+def test_a_persons_answers_hold_and_teach():
+    images = embeddings(60, dirty=10, strength=2.0)
+    alone = refined(images, rule="share:0")
+    told = refined(images, rule="share:0", answers={0: False, 1: False, 2: False, 59: True})
+    assert np.flatnonzero(~told.kept).tolist() == [0, 1, 2]
+    rank = [np.argsort(np.argsort(-found.scales.scores))[3:10].mean() for found in (alone, told)]
+    assert rank[1] < rank[0]  # images like those that were rejected come sooner
+
+
+def test_regions_are_left_out_where_no_image_is_rejected():
+    images = embeddings(90, dirty=4, strength=4.0)
+    found = refined(images, rule="share:0")
+    assert found.kept.all()
+    assert 4 * 4 / (90 * PLACES) <= found.refinement.unusual_patches < 0.1
+    assert not found.usual[0, [0, 1, GRID[1], GRID[1] + 1]].any()
+    for changes in ({"rule": "count:4"}, {"rule": "share:0", "patch_fence": 0.0}, {"rounds": 0}):
+        assert refined(images, **changes).refinement.unusual_patches == 0
+    assert refined(images[:79], rule="share:0").refinement.unusual_patches == 0  # too few to tell
+
+
+def test_without_rounds_images_are_not_compared():
+    found = refined(embeddings(30, dirty=3), rounds=0)
+    assert found.kept.all()
+    assert set(found.parts) == {"likelihood"}
+    assert found.refinement.stop_reason == "off"
+    assert found.scales.likeness is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_handful_of_images_is_enough(count):
+    found = refined(embeddings(count))
+    assert found.kept.all()
+    assert found.maps.isfinite().all()
+    assert np.isfinite(found.scales.scores).all()
+
+
+def test_flat_images_are_no_error():
+    found = refined(torch.zeros(5, PLACES, CHANNELS))
+    assert found.kept.all()
+    assert found.maps.isfinite().all()
+
+
+def test_a_meta_learned_start_is_taken():
+    store = store_of(embeddings(30))
+    flow = new_flow(CHANNELS, 6, 4, 8, seed=5)
+    parameters = {name: (value + 0.3).detach().requires_grad_() for name, value in trainable(flow).items()}
+    start = (fit_whitening([store], 6, seed=1), flow, parameters)
+    found = refined(store, start=start, adaptation_steps=0)
+    assert found.density.flow is flow
+    for name, value in parameters.items():
+        torch.testing.assert_close(found.density.parameters[name], value)
+
+
+def test_fitted_patches_are_scored_as_if_left_out():
+    images = embeddings(30)
+    found = refined(images, rule="count:3", adaptation_steps=0)
+    fitted = torch.from_numpy(found.kept)
+    whitened = found.images.whitening(found.images.store.images())
+    as_they_are = found.density.score(whitened, found.images.positions, torch.zeros(30, PLACES, dtype=torch.bool))
+    torch.testing.assert_close(found.maps[~fitted], as_they_are[~fitted])
+    assert (found.maps[fitted] != as_they_are[fitted]).all()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from anomalib_metarefine.refinement.likeness import deviations, likeness, reordered, resemblance
+from anomalib_metarefine.refinement.likeness import deviations, likeness
 
 COUNT = 60
 
@@ -57,44 +57,6 @@ def test_trusted_where_others_explain_and_not_otherwise(images):
     assert likeness(features, np.ones(COUNT))[1] == 0
 
 
-class TestResemblance:
-    """To images that are rejected."""
-
-    KEPT = np.arange(COUNT) >= 10  # of the twelve that share a deviation, two are not rejected
-
-    def test_finds_what_looks_like_rejected_images(self, images):
-        features, scores = images
-        alike = resemblance(features, scores, self.KEPT)
-        assert alike[:12].min() > alike[12:].max()
-
-    @pytest.mark.parametrize("known", [None, {12: True, 50: True}])
-    def test_is_what_a_ridge_regression_on_the_others_says(self, images, known):
-        features, scores = images
-        # Of the kept images the nine next to the fence teach nothing, unless a person has decided on them.
-        unsure = set(sorted(range(10, COUNT), key=lambda image: -scores[image])[:9])
-        assert 12 in unsure
-        unsure -= set(known or {})
-        teachers = np.array([image not in unsure for image in range(COUNT)])
-        standard = (features - features[teachers].mean(0)) / features.std(0)
-        target = (~self.KEPT).astype(float) - (~self.KEPT)[teachers].mean()
-        alike = resemblance(features, scores, self.KEPT, known)
-        for image in range(0, COUNT, 5):
-            others = teachers & (np.arange(COUNT) != image)
-            model = Ridge(alpha=10 * teachers.sum(), fit_intercept=False).fit(standard[others], target[others])
-            assert alike[image] == pytest.approx(model.predict(standard[[image]])[0])
-
-    def test_wants_ten_examples(self, images):
-        assert resemblance(*images, np.arange(COUNT) >= 9) is None
-        assert resemblance(*images, np.arange(COUNT) >= 10) is not None
-
-    def test_no_image_is_its_own_teacher(self, images):
-        features, scores = images
-        odd = features.copy()
-        odd[0] = 50 * np.eye(8)[5]  # rejected, and like no other
-        alike = resemblance(odd, scores, self.KEPT)
-        assert alike[0] < alike[1:12].min()
-
-
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_images_do_no_harm(count):
     verdict, trust = likeness(np.arange(4.0 * count).reshape(count, 4), np.arange(float(count)))
@@ -110,15 +72,6 @@ def test_neither_order_nor_units_matter(order, scale, shift):
     again, same = likeness(scale * features[order] + shift, np.exp(scores[order]))
     np.testing.assert_allclose(again, verdict[order], atol=1e-9)
     assert same == pytest.approx(trust)
-
-
-@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=20))
-def test_reordered_scores_are_the_same_ones_in_another_order(pairs):
-    scores, by = np.array(pairs, dtype=float).T
-    result = reordered(scores, by)
-    assert sorted(result) == sorted(scores)
-    assert (np.diff(result[np.lexsort((scores, by))]) >= 0).all()
-    np.testing.assert_array_equal(reordered(scores, scores), scores)
 
 
 def test_deviations_are_weighted_means_of_what_differs_from_the_usual_patch():

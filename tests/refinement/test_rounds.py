@@ -4,75 +4,77 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anomalib_metarefine.refinement.rounds import Refinement, refine
-from anomalib_metarefine.refinement.rules import ShorthFence, TukeyFence
+from anomalib_metarefine.refinement.rounds import Refinement, record, run_rounds
+from anomalib_metarefine.refinement.rules import MADFence, Rejection, ShareFence
+from anomalib_metarefine.refinement.scales import Scales
 
 VALUES = np.concatenate([np.random.default_rng(0).normal(0, 1, 90), np.full(10, 30.0)])
-PATHS = [f"{i:03d}.png" for i in range(100)]
 
 
-def distance_to_kept_mean(values):
-    return lambda kept: np.abs(values - values[kept].mean())
+class Scripted:
+    """A rule that rejects what it is told to, round by round."""
+
+    def __init__(self, *rounds):
+        self.rounds = iter(rounds)
+
+    def reject(self, scales):
+        images = np.zeros(len(scales.scores), dtype=bool)
+        images[list(next(self.rounds))] = True
+        return Rejection(images, 0.0)
+
+
+def distance(kept):
+    return Scales(np.abs(VALUES - VALUES[kept].mean()))
 
 
 def test_converges_on_the_clean_part():
-    calls = []
-
-    def score(kept):
-        calls.append(kept.copy())
-        return distance_to_kept_mean(VALUES)(kept)
-
-    result = refine(score, PATHS, ShorthFence().fence, max_rounds=5)
-    assert sorted(result.rejected) == PATHS[90:]
-    assert result.stop_reason == "converged"
-    np.testing.assert_array_equal(calls[-1], result.kept)  # the last fit is the one that is kept
+    fitted = []
+    found = run_rounds(lambda kept: (fitted.append(kept.copy()), distance(kept))[1], 100, MADFence(k=6), 5)
+    assert np.flatnonzero(~found.kept).tolist() == list(range(90, 100))
+    assert found.stop_reason == "converged"
+    np.testing.assert_array_equal(fitted[-1], found.kept)  # the last fit is the one that is kept
 
 
 def test_an_image_rejected_too_early_comes_back():
-    scripted = iter([np.array([0, 1, 2, 3, 4, 5, 6, 99.0]), np.arange(8.0), np.arange(8.0)])
-    result = refine(lambda kept: next(scripted), PATHS[:8], TukeyFence().fence, max_rounds=5)
-    assert result.rounds[0].rejected == 1
-    assert all(result.kept)
+    found = run_rounds(lambda _kept: Scales(np.arange(8.0)), 8, Scripted([7], []), 5)
+    assert [outcome.rejected for outcome in found.rounds] == [1, 0]
+    assert found.kept.all()
+    assert found.stop_reason == "cycle"
 
 
 def test_zero_rounds_reject_nothing():
-    result = refine(distance_to_kept_mean(VALUES), PATHS, ShorthFence().fence, max_rounds=0)
-    assert all(result.kept)
-    assert (result.stop_reason, result.rounds) == ("off", [])
+    found = run_rounds(distance, 100, MADFence(), 0)
+    assert found.kept.all()
+    assert found.stop_reason == "off"
 
 
-def test_stops_at_the_limit_and_in_a_cycle():
-    low, high = np.array([0, 1, 2, 3, 99.0]), np.array([99.0, 1, 2, 3, 0])
-
-    def alternating(kept):
-        return high if kept[0] and not kept[-1] else low
-
-    assert refine(alternating, PATHS[:5], TukeyFence().fence, max_rounds=1).stop_reason == "rounds"
-    assert refine(alternating, PATHS[:5], TukeyFence().fence, max_rounds=9).stop_reason == "cycle"
+def test_rounds_end_when_there_are_no_more():
+    found = run_rounds(lambda _kept: Scales(np.arange(8.0)), 8, Scripted([7], [6, 7]), 2)
+    assert found.stop_reason == "rounds"
+    assert np.flatnonzero(~found.kept).tolist() == [6, 7]
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.floats(-1e6, 1e6))
-def test_at_least_half_is_always_kept(values, fence):
-    result = refine(lambda kept: np.array(values), PATHS[: len(values)], lambda scores: fence, max_rounds=2)
-    assert sum(result.kept) >= len(values) / 2
+@given(st.sets(st.integers(0, 7)))
+def test_half_of_the_images_are_kept_whatever_a_rule_says(images):
+    found = run_rounds(lambda _kept: Scales(np.arange(8.0)), 8, Scripted(images), 1)
+    assert found.kept.sum() == max(4, 8 - len(images))
+    if len(images) > 4:  # then those with the lowest scores
+        assert found.kept.tolist() == [True] * 4 + [False] * 4
 
 
-def test_survives_json_and_tabulates_every_round():
-    result = refine(distance_to_kept_mean(VALUES), PATHS, ShorthFence().fence, max_rounds=5)
-    assert Refinement.from_dict(json.loads(json.dumps(result.to_dict()))) == result
-    table = result.table()
-    assert table.decision.value_counts().to_dict() == {"keep": 90, "reject": 10}
-    assert f"score_round_{len(result.rounds)}" in table
+@given(st.dictionaries(st.integers(0, 7), st.booleans(), min_size=1))
+def test_neither_rule_nor_the_limit_moves_what_a_person_decided(answers):
+    found = run_rounds(lambda _kept: Scales(np.arange(8.0)), 8, ShareFence(share=0.5), 3, answers)
+    if not all(not keep for keep in answers.values()) or len(answers) < 8:
+        assert all(found.kept[image] == keep for image, keep in answers.items())
 
 
-def test_what_a_person_decided_holds_against_the_fence():
-    known = {95: True, 3: False}
-    fitted = []
-
-    def score(kept):
-        fitted.append(kept.copy())
-        return distance_to_kept_mean(VALUES)(kept)
-
-    result = refine(score, PATHS, ShorthFence().fence, max_rounds=5, known=known)
-    assert sorted(result.rejected) == sorted({*PATHS[90:], PATHS[3]} - {PATHS[95]})
-    assert all(kept[95] and not kept[3] for kept in fitted)
+def test_a_record_survives_json():
+    found = run_rounds(distance, 100, MADFence(k=6), 5)
+    paths = [f"{i:03d}.png" for i in range(100)]
+    kept = record(found, paths, "One aligned product.", {"x.png": "NaN"}, 0.1)
+    assert Refinement.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
+    assert sorted(kept.rejected) == paths[90:]
+    table = kept.table()
+    assert table.decision.eq("reject").sum() == 10
+    assert {"score_round_1", "score_round_2"} <= set(table)

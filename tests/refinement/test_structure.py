@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+
+from anomalib_metarefine.features.neighbours import NearestImages
+from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.refinement.structure import Structure, find_structure
+
+GRID, CHANNELS = (6, 6), 12
+PLACES = GRID[0] * GRID[1]
+
+
+def structure_of(embeddings: torch.Tensor, kind: str = "auto") -> Structure:
+    store = FeatureStore()
+    store.add([f"{i:03d}" for i in range(len(embeddings))], embeddings)
+    return find_structure(NearestImages(store, GRID, seed=0), tail=0.05, seed=0, kind=kind)
+
+
+def aligned(count: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
+    """A product: every place has its look; some images are noisier than others."""
+    generator = torch.Generator().manual_seed(seed)
+    looks = 3 * torch.randn(PLACES, CHANNELS, generator=torch.Generator().manual_seed(7))
+    noise = spread * torch.linspace(0.5, 1.5, count).view(-1, 1, 1)
+    return looks + noise * torch.randn(count, PLACES, CHANNELS, generator=generator)
+
+
+def test_an_aligned_product():
+    found = structure_of(aligned(60))
+    assert found.kind == "aligned"
+    assert found.comparable
+    assert found.layout > 0.5
+    assert found.reliability > 0.5
+    assert not found.variants.any()
+    assert found.describe().startswith("One aligned product")
+
+
+def test_parts_that_lie_anywhere():
+    generator = torch.Generator().manual_seed(0)
+    images = 2 * torch.randn(PLACES, CHANNELS, generator=generator).expand(24, -1, -1).clone()
+    images += 0.05 * torch.randn(images.shape, generator=generator)
+    part = 8 + 3 * torch.randn(CHANNELS, generator=generator)
+    for image in images:  # which other image has the part at the same place decides
+        image[torch.randint(PLACES, (1,), generator=generator)] = part
+    found = structure_of(images)
+    assert found.kind == "anywhere"
+    assert found.layout > 0.3
+    assert not found.comparable
+
+
+def test_images_that_share_too_little():
+    found = structure_of(torch.randn(60, PLACES, CHANNELS, generator=torch.Generator().manual_seed(0)))
+    assert found.kind == "unlike"
+    assert not found.comparable
+    assert "too little" in found.describe()
+
+
+@pytest.mark.parametrize("count", [5, 12, 25])
+def test_a_variant_differs_everywhere_and_its_images_are_alike(count):
+    looks = 4 * torch.randn(PLACES, CHANNELS, generator=torch.Generator().manual_seed(9))
+    found = structure_of(torch.cat([aligned(100), looks + aligned(count, seed=1, spread=2.5)]))
+    assert found.kind == "aligned"
+    assert np.flatnonzero(found.variants).tolist() == list(range(100, 100 + count))
+    assert found.describe().startswith(f"2 variants, of 100, {count} images")
+
+
+def test_defects_are_no_variant():
+    generator = torch.Generator().manual_seed(3)
+    images = aligned(100)
+    images[:20, :8] += 6  # the same defect, somewhere
+    assert not structure_of(images).variants.any()
+    images = aligned(100)
+    images[:10] += 4 * torch.randn(10, PLACES, CHANNELS, generator=generator)  # everywhere, each in a way of its own
+    assert not structure_of(images).variants.any()
+
+
+def test_few_images_say_nothing_and_the_user_may_know_better():
+    few = structure_of(aligned(19))
+    assert few.kind == "aligned"
+    assert np.isnan(few.reliability)
+    assert few.summary()["reliability"] is None
+    assert structure_of(aligned(60), "unlike").kind == "unlike"
+    with pytest.raises(ValueError, match="structure must be auto or one of"):
+        structure_of(aligned(30), "odd")
