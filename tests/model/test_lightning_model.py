@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +56,25 @@ def test_trains_tests_validates_predicts_and_saves(datamodule, tmp_path):
     assert loaded.refinement == model.refinement
     image = torch.rand(1, 3, 120, 80)
     torch.testing.assert_close(loaded(image).pred_score, model.eval()(image).pred_score)
+
+
+def test_size_that_the_patches_do_not_divide_is_one_in_checkpoint_and_graph(tmp_path):
+    settings = {**SMALL, "backbone": "vit_tiny_patch16_224", "pre_trained": False, "image_size": (100, 90)}
+    model = MetaRefine(**settings)
+    sizes = {
+        part.size if isinstance(part.size, tuple) else tuple(part.size)
+        for part in (model.pre_processor.transform.transforms[0], model.pre_processor.export_transform[0])
+    }
+    assert sizes == {(112, 96)}
+    assert MetaRefine(**{**settings, "image_size": None}).pre_processor.export_transform[0].size == (256, 256)
+
+
+def test_several_processes_are_refused():
+    model = MetaRefine(**SMALL)
+    model.trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(ValueError, match="found 2 processes.*Set devices=1 and num_nodes=1"):
+        model.setup("fit")
+    model.setup("test")
 
 
 def test_a_finished_checkpoint_is_not_curated_again(datamodule, tmp_path):
