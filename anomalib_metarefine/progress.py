@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _EVERY_S = 5.0  # seconds between lines
+_SHOWN = ContextVar("shown", default=True)
 _Item = TypeVar("_Item")
 
 
@@ -39,9 +42,20 @@ class _Lines(Progress):
             )
 
 
+@contextmanager
+def no_progress() -> Iterator[None]:
+    """Show none inside, whoever asks for it."""
+    token = _SHOWN.set(False)
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
 def progress_bars(enabled: bool) -> Progress:
     """Bars with counts and the time left; where standard error is no terminal, lines."""
     console = Console(stderr=True)
+    enabled = enabled and _SHOWN.get()
     if enabled and not console.is_terminal:
         return _Lines(console)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

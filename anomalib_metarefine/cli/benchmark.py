@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.cli.command import Command
+from anomalib_metarefine.cli.command import Command, command_line, require
 
 if TYPE_CHECKING:
     import argparse
@@ -38,6 +38,7 @@ def _bench(options: argparse.Namespace) -> int:
     # Before torch is imported: PatchCore's coreset asks for hundreds of megabytes, hundreds of times, and takes a third
     # of the time with huge pages.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    require(options.config, "the YAML file of a benchmark; configs/bench/ has some")
     from anomalib_metarefine.benchmark.config import BenchConfig
 
     if options.jobs < 1:
@@ -83,7 +84,8 @@ def _run(config: BenchConfig, options: argparse.Namespace) -> int:
                 continue
             bars.console.print(_line(found), soft_wrap=True, markup=False, highlight=False)
             bars.advance(task)
-    print(f"{out}: `metarefine bench-report {out} --out DIR` makes tables and figures of it.")
+    tables = command_line("metarefine", "bench-report", out, "--out", "DIR")
+    print(f"{out}: `{tables}` makes tables and figures of it.")
     if left_out:
         print("metarefine: not every data set could be had; see above.", file=sys.stderr)
     return 1 if left_out else 0
@@ -107,6 +109,8 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    for file in options.results:
+        require(file, "a result file of `metarefine bench`")
     from anomalib_metarefine.benchmark.report.folder import report
     from anomalib_metarefine.benchmark.table import read_results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable
 
 SHOWN = 20  # rows of a table on the screen; files hold all
@@ -31,6 +31,22 @@ class Command:
     description: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any, once: the line of a setting holds its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        plain = action.default is None or action.default == [] or isinstance(action.default, bool)
+        return action.help if plain else super()._get_help_string(action)
+
+
+def backbone_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command that passes images through the backbone can be told."""
+    add = parser.add_argument
+    add("--backbone", default="tf_efficientnet_lite0", help="timm model for the features")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--batch-size", type=int, default=32, help="images at a time in the backbone")
 
 
 def command_line(*parts: str | Path) -> str:

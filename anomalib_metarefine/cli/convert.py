@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.cli.command import SHOWN, Command
+from anomalib_metarefine.cli.command import SHOWN, Command, require
 
 if TYPE_CHECKING:
     import argparse
@@ -21,6 +21,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    require(options.data, "a folder of images, or a table of paths")
     from anomalib_metarefine.images.convert import convert
 
     settings = {"extensions": tuple(options.extensions)} if options.extensions else {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from anomalib_metarefine.cli.command import SHOWN, Command, command_line, require
+from anomalib_metarefine.cli.command import SHOWN, Command, backbone_arguments, command_line, require
+from anomalib_metarefine.settings import Settings, parse_settings, setting_help, setting_names
 
 if TYPE_CHECKING:
     import argparse
@@ -28,7 +29,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, nargs="+", default=[0], help="one run of everything for each")
     kinds = ["raw", "refined", "clean"]
     add("--training", nargs="+", choices=kinds, default=kinds, help="what to run")
-    add("--rule", default="auto", help="rejection rule; docs/rules.md lists them")
+    add("--rule", default=Settings.rule, help=setting_help("rule"))
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -45,13 +46,13 @@ def _curate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder for manifest, report and the rest")
     add("--root", type=Path, help="what paths in a table are relative to")
     add("--extensions", nargs="+", metavar="EXT", help="file names to look for in a folder")
-    add("--backbone", default="tf_efficientnet_lite0", help="timm model for the features")
-    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels")
-    add("--rule", default="auto", help="rejection rule; docs/rules.md lists them")
-    add("--rounds", type=int, default=4, help="rounds of refinement at most")
-    add("--seed", type=int, default=0, help="of everything random")
+    backbone_arguments(parser)
+    add("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels; default: the shape of the images")
+    add("--rule", help=setting_help("rule"))
+    add("--rounds", metavar="N", help=setting_help("rounds"))
+    names = ", ".join(setting_names())
+    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help=f"such as shrinkage=0.1; NAME is of {names}")
     add("--bit-depth", type=int, metavar="BITS", help="bits in use of files with more than 8, such as 12")
-    add("--batch-size", type=int, default=32, help="images at a time in the backbone")
     add("--decisions", type=Path, metavar="CSV", help="a person's decisions")
     add("--no-quality", dest="quality", action="store_false", help="skip the search for duplicates, blur and the like")
     add("--fail-above", type=float, metavar="SHARE", help="exit code 1 if a larger share of the images is rejected")
@@ -62,6 +63,7 @@ def _curate(options: argparse.Namespace) -> int:
         msg = f"--fail-above must be a share in [0, 1], found {options.fail_above:g}."
         raise ValueError(msg)
     require(options.data, "a folder of images, a table of paths, or the YAML of a datamodule")
+    refinement = _settings(options)
     from anomalib_metarefine.curation.decisions import load, read, remember
     from anomalib_metarefine.curation.run_folder import locked
 
@@ -70,13 +72,13 @@ def _curate(options: argparse.Namespace) -> int:
         load(options.out)
         from anomalib_metarefine.curation.curate import curate
 
-        names = ["root", "backbone", "rule", "rounds", "seed", "batch_size", "quality", "bit_depth"]
+        names = ["root", "backbone", "seed", "batch_size", "quality", "bit_depth"]
         settings = {name: getattr(options, name) for name in names}
         settings["image_size"] = tuple(options.image_size) if options.image_size else None
         if options.extensions:
             settings["extensions"] = tuple(options.extensions)
         decisions = [options.out] if given is None else [options.out, options.decisions]  # the last one wins
-        curation = curate(options.data, decisions=decisions, **settings)
+        curation = curate(options.data, decisions=decisions, **settings, **refinement)
         if given is not None:
             remember(options.out, curation.manifest, given)
         curation.write(options.out)
@@ -92,6 +94,14 @@ def _curate(options: argparse.Namespace) -> int:
         print(f"metarefine: {share:.1%} rejected, more than --fail-above {options.fail_above:.1%}", file=sys.stderr)
         return 1
     return 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given; ``--rule`` and ``--rounds`` are two of them with a name of their own."""
+    own = {"rule": options.rule, "rounds": options.rounds}
+    items = [*options.settings, *(f"{name}={value}" for name, value in own.items() if value is not None)]
+    settings = parse_settings(items)
+    return {name: getattr(settings, name) for name in (item.partition("=")[0].strip() for item in items)}
 
 
 def review_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from anomalib_metarefine.cli.command import SHOWN, Command
+from anomalib_metarefine.cli.command import SHOWN, Command, command_line, require
 
+_CHECKPOINT, _IMAGES = "a checkpoint of a trained model", "a folder of images, or a CSV or Parquet table of paths"
+_EXPORTED = "the folder of an exported model"
 _MODEL_HELP = "class in anomalib.models; default: the one that the checkpoint names, as those of MetaRefine do"
 
 
@@ -33,6 +34,9 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    require(options.checkpoint, _CHECKPOINT)
+    if options.data:
+        require(options.data, _IMAGES)
     from anomalib_metarefine.model.calibration import calibrate_checkpoint
     from anomalib_metarefine.model.evaluation import read_labelled
 
@@ -50,7 +54,7 @@ def _calibrate(options: argparse.Namespace) -> int:
     if detection:
         print("\n".join(detection.lines()))
         print("The normal images among them are those that the threshold was chosen on.")
-    print(f"Next: metarefine export {shlex.quote(str(options.out))} --out DIR")
+    print(f"Next: {command_line('metarefine', 'export', options.out, '--out', 'DIR')}")
     return 0
 
 
@@ -67,6 +71,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    require(options.checkpoint, _CHECKPOINT)
+    if options.data:
+        require(options.data, "the YAML of a datamodule")
     from anomalib.deploy.export import CompressionType
 
     from anomalib_metarefine.images.sources import load_datamodule
@@ -85,8 +92,8 @@ def _export(options: argparse.Namespace) -> int:
     )
     print(f"{path}, and metadata.json beside it")
     if options.format != "torch":
-        folder, checkpoint = shlex.quote(str(path.parent)), shlex.quote(str(options.checkpoint))
-        print(f"Next: metarefine verify {folder} --ckpt {checkpoint} --data DATA")
+        verify = command_line("metarefine", "verify", path.parent, "--ckpt", options.checkpoint, "--data", "DATA")
+        print(f"Next: {verify}")
     return 0
 
 
@@ -102,18 +109,19 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    require(options.folder, _EXPORTED)
+    require(options.ckpt, "the checkpoint that the model was exported from")
+    require(options.data, _IMAGES)
+    if options.out:
+        require(options.out.parent, f"a folder to write {options.out.name} into")
     from anomalib_metarefine.model.evaluation import read_labelled
     from anomalib_metarefine.model.verify import verify_deployment
 
-    if options.out and not options.out.parent.is_dir():
-        msg = f"There is no folder {options.out.parent} to write {options.out.name} into."
-        raise FileNotFoundError(msg)
     paths, anomalous = read_labelled(options.data)
     part = slice(None, None, -(-len(paths) // options.limit))
     labels = None if anomalous is None else anomalous[part]
-    found = verify_deployment(
-        options.folder, options.ckpt, paths[part], labels, options.runs, options.model, say=_to_standard_error
-    )
+    say = {} if options.quiet else {"say": _to_standard_error}
+    found = verify_deployment(options.folder, options.ckpt, paths[part], labels, options.runs, options.model, **say)
     if options.out:
         options.out.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     print(f"{found.images} images, {found.precision}: scores differ by {found.largest_difference:.2g} relative at most")
@@ -163,6 +171,9 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _watch(options: argparse.Namespace) -> int:
+    require(options.model, _EXPORTED)
+    if options.source != "-":
+        require(options.source, "a folder of images, or - for paths on standard input")
     from anomalib_metarefine.deploy.arrivals import Rules
     from anomalib_metarefine.deploy.detector import Detector
     from anomalib_metarefine.deploy.watch import WatchSettings, watch

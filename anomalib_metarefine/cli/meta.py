@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.cli.command import Command
+from anomalib_metarefine.cli.command import Command, backbone_arguments, command_line, require
+from anomalib_metarefine.settings import parse_settings, setting_names
 
 if TYPE_CHECKING:
     import argparse
@@ -22,24 +23,25 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of a category, as `metarefine curate` takes them, with height and width in pixels; repeat it",
     )
     add("--out", type=Path, required=True, metavar="CKPT", help="file for `MetaRefine(init_from=...)`")
-    add("--backbone", default="tf_efficientnet_lite0", help="timm model for the features")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--batch-size", type=int, default=32, help="images at a time in the backbone")
-    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="of MetaRefine, such as meta_steps=100")
+    backbone_arguments(parser)
+    names = ", ".join(setting_names("density", "meta"))
+    add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help=f"such as meta_steps=100; NAME is of {names}")
 
 
 def _train(options: argparse.Namespace) -> int:
+    settings = parse_settings(options.settings, "density", "meta")
+    categories = [_category(text) for text in options.data]
+    for data, _ in categories:
+        require(data, "images of a category: a folder, a table of paths, or the YAML of a datamodule")
     from anomalib_metarefine.meta.maml import get_learner
     from anomalib_metarefine.model.initialisation import learn_shared
-    from anomalib_metarefine.settings import parse_settings
 
     if options.out.is_dir():
         msg = f"--out is a file, such as {options.out / 'init.ckpt'}; {options.out} is a folder."
         raise ValueError(msg)
-    settings = parse_settings(options.settings, "density", "meta")
     get_learner(settings.meta_backend)  # now, not after a pass over the images
     shared = learn_shared(
-        [_category(text) for text in options.data],
+        categories,
         backbone=options.backbone,
         settings=settings,
         seed=options.seed,
@@ -49,7 +51,8 @@ def _train(options: argparse.Namespace) -> int:
     for category in shared.run["data"]:
         height, width = category["image_size"]
         print(f"{category['source']}: {category['images']} images at {height} x {width} pixels")
-    print(f"{options.out}: start from it with `anomalib train --model MetaRefine --model.init_from {options.out}`")
+    start = command_line("anomalib", "train", "--model", "MetaRefine", "--model.init_from", options.out)
+    print(f"{options.out}: start from it with `{start}`")
     return 0
 
 

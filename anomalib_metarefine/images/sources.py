@@ -94,7 +94,10 @@ def read_source(
 
 
 def load_datamodule(path: str | Path) -> AnomalibDataModule:
-    """Make a datamodule from its YAML file, as `anomalib.data.get_datamodule` does.
+    """Make a datamodule from its YAML file, as `anomalib train` does.
+
+    With jsonargparse, not with `anomalib.data.get_datamodule`: that one hands a datamodule inside another's settings on
+    as a dictionary.
 
     Args:
         path (str | Path): ``class_path`` and ``init_args``, at its top or under ``data``. Relative folders in it are
@@ -106,6 +109,7 @@ def load_datamodule(path: str | Path) -> AnomalibDataModule:
     """
     import anomalib.data
     import yaml
+    from jsonargparse import ArgumentParser
 
     if not Path(path).is_file():
         msg = f"There is no datamodule config {path}."
@@ -120,8 +124,10 @@ def load_datamodule(path: str | Path) -> AnomalibDataModule:
     if not hasattr(anomalib.data, name):
         msg = f"{path}: anomalib knows no datamodule {found['class_path']}. Check the name, or register its package."
         raise ValueError(msg)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--data", type=anomalib.data.AnomalibDataModule)
     try:
-        return anomalib.data.get_datamodule(found)
+        return parser.instantiate_classes(parser.parse_object({"data": found})).data
     except Exception as error:  # whatever the constructor of the named class raises is about this file
         msg = f"{path}: {found['class_path']} can't be made with these settings ({type(error).__name__}: {error})."
         raise ValueError(msg) from error
