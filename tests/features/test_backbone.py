@@ -58,29 +58,27 @@ def test_default_layers_of_a_transformer_are_half_and_three_quarters_deep():
 
 
 # Families of which the smallest member takes images of one size only, and those that are not read at all.
-ONE_SIZE = set(
-    [
-        "beit",
-        "byoanet",
-        "cait",
-        "coat",
-        "convit",
-        "crossvit",
-        "efficientformer",
-        "efficientformer_v2",
-        "gcvit",
-        "hiera",
-        "levit",
-        "maxxvit",
-        "mlp_mixer",
-        "nest",
-        "pit",
-        "tnt",
-        "visformer",
-        "vision_transformer_relpos",
-        "volo",
-    ]
-)
+ONE_SIZE = {
+    "beit",
+    "byoanet",
+    "cait",
+    "coat",
+    "convit",
+    "crossvit",
+    "efficientformer",
+    "efficientformer_v2",
+    "gcvit",
+    "hiera",
+    "levit",
+    "maxxvit",
+    "mlp_mixer",
+    "nest",
+    "pit",
+    "tnt",
+    "visformer",
+    "vision_transformer_relpos",
+    "volo",
+}
 NOT_READ = {"gemma4_vit": "can't be used", **dict.fromkeys(
     ("inception_resnet_v2", "inception_v3", "inception_v4"), "timm's feature_info promises"
 )}  # fmt: skip
