@@ -25,7 +25,7 @@ from anomalib_metarefine.density.flow import position_code
 from anomalib_metarefine.density.scorer import PatchScorer
 from anomalib_metarefine.features.embedding import image_score
 from anomalib_metarefine.model.initialisation import learn_together
-from anomalib_metarefine.refinement.engine import Images, fit_density, learn_initialisation
+from anomalib_metarefine.refinement.fitting import Images, fit_density, learn_initialisation
 from anomalib_metarefine.settings import Settings
 from studies.common import add_grid, all_features, begin, dirty_set, finished, markdown, record, refine, spread
 

@@ -12,7 +12,8 @@ from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.patch_density import new_flow
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.extract import collect_features
-from anomalib_metarefine.refinement.engine import Images, Result, fit_whitening, learn_initialisation, refine_images
+from anomalib_metarefine.refinement.engine import Result, refine_images
+from anomalib_metarefine.refinement.fitting import Images, fit_whitening, learn_initialisation
 from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:

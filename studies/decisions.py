@@ -23,7 +23,8 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.refinement.engine import Result, image_scores
+from anomalib_metarefine.refinement.engine import Result
+from anomalib_metarefine.refinement.fitting import image_scores
 from studies.common import add_grid, features_of, finished, markdown, record, refine
 
 if TYPE_CHECKING:

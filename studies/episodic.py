@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.features.embedding import image_score
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.refinement.engine import fit_density, image_scores, patch_scores
+from anomalib_metarefine.refinement.fitting import fit_density, image_scores, patch_scores
 from anomalib_metarefine.settings import Settings, seed_for
 from studies.common import (
     Features,

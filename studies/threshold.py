@@ -140,7 +140,7 @@ def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[S
         scores = [image_score(scorer(store.images(part.tolist())), settings.tail) for part in parts]
         return torch.cat(scores).double().numpy()
 
-    return score, result.parts["likelihood"], result.kept
+    return score, result.scales.parts["likelihood"], result.kept
 
 
 def judge(

@@ -229,7 +229,7 @@ def _decide(result: Result, decided: dict[int, str]) -> pd.DataFrame:
         "q_value": shares,
         "variant": result.structure.variants,
         "likeness": np.nan if result.scales.likeness is None else result.scales.likeness,
-        **{f"score_{name}": values for name, values in result.parts.items()},
+        **{f"score_{name}": values for name, values in result.scales.parts.items()},
         **{f"score_round_{number}": r.scores for number, r in enumerate(refinement.rounds, 1)},
     })  # fmt: skip
     place = table.score.rank(ascending=False, method="first").astype(int)

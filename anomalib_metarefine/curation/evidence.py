@@ -18,7 +18,8 @@ from anomalib_metarefine.refinement.patches import LEAST_REPAIRED, outside_regio
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from anomalib_metarefine.refinement.engine import Images, Result
+    from anomalib_metarefine.refinement.engine import Result
+    from anomalib_metarefine.refinement.fitting import Images
 
 _COARSE = 4  # rows and columns of the pooled embedding that images are compared by
 _FEWEST_GROUPED = 6  # images: fewer are seen at a glance

@@ -17,7 +17,7 @@ from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.progress import progress_bars
-from anomalib_metarefine.refinement.engine import Images, fit_whitening, learn_initialisation
+from anomalib_metarefine.refinement.fitting import Images, fit_whitening, learn_initialisation
 from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from anomalib_metarefine.refinement.rules import MOST_REJECTED
+from anomalib_metarefine.refinement.scales import Scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from anomalib_metarefine.refinement.rules import Rule
-    from anomalib_metarefine.refinement.scales import Scales
+
+Found = TypeVar("Found", bound=Scales)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Round:
     rejected: int
 
 
-class Rounds(NamedTuple):
+@dataclass(frozen=True)
+class Rounds(Generic[Found]):
     """What came of the rounds.
 
     Attributes:
@@ -43,7 +46,7 @@ class Rounds(NamedTuple):
     """
 
     kept: np.ndarray
-    scales: Scales
+    scales: Found
     rounds: tuple[Round, ...]
     stop_reason: str
 
@@ -95,13 +98,13 @@ class Refinement:
 
 
 def run_rounds(
-    score: Callable[[np.ndarray], Scales],
+    score: Callable[[np.ndarray], Found],
     count: int,
     rule: Rule,
     most: int,
     answers: Mapping[int, bool] | None = None,
     on_round: Callable[[int, Round], None] = lambda _number, _round: None,
-) -> Rounds:
+) -> Rounds[Found]:
     """Reject images round after round.
 
     Every round fits on the images kept so far, scores *all* images, and decides on all of them anew: an image that was
@@ -153,7 +156,7 @@ def _answered(kept: np.ndarray, answers: Mapping[int, bool] | None) -> np.ndarra
 
 
 def record(
-    rounds: Rounds, paths: Sequence[str], structure: str, left_out: Mapping[str, str], unusual_patches: float
+    rounds: Rounds[Found], paths: Sequence[str], structure: str, left_out: Mapping[str, str], unusual_patches: float
 ) -> Refinement:
     """The rounds as they are kept in a checkpoint; arguments as in `Refinement`."""
     return Refinement(

@@ -72,6 +72,8 @@ class Structure:
 
     def describe(self) -> str:
         """The folder in a sentence, with the evidence."""
+        if np.isnan(self.layout):
+            return "Images were not compared with each other."
         evidence = f"place explains {self.layout:.0%} of what patches show"
         if np.isfinite(self.reliability):
             evidence += f", two halves of the images agree to {self.reliability:.2f} on the scores"

@@ -13,7 +13,7 @@ from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.curate import _rejected_since, curate
 from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
-from anomalib_metarefine.refinement.engine import FitSettings
+from anomalib_metarefine.refinement.fitting import FitSettings
 from anomalib_metarefine.refinement.rounds import Refinement, Round
 from tests.conftest import folder, part, plate
 from tests.curation.test_manifest import visible

@@ -5,7 +5,8 @@ from rich.progress import Progress
 
 from anomalib_metarefine.density.patch_density import new_flow, trainable
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.refinement.engine import Images, fit_density, fit_whitening, refine_images
+from anomalib_metarefine.refinement.engine import refine_images
+from anomalib_metarefine.refinement.fitting import Images, fit_density, fit_whitening
 from anomalib_metarefine.settings import Settings
 
 GRID, CHANNELS = (5, 6), 10
@@ -103,7 +104,7 @@ def test_regions_are_left_out_where_no_image_is_rejected():
 def test_without_rounds_images_are_not_compared():
     found = refined(embeddings(30, dirty=3), rounds=0)
     assert found.kept.all()
-    assert set(found.parts) == {"likelihood"}
+    assert set(found.scales.parts) == {"likelihood"}
     assert found.refinement.stop_reason == "off"
     assert found.scales.likeness is None
 

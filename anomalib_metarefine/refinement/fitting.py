@@ -1,0 +1,181 @@
+"""Fitting a density on the images that are kept: whitening, Gaussians of places, a flow from its initialisation.
+
+Each is a function of its inputs and of a seed of its own. Memory stays bounded: images are whitened chunk by chunk, and
+gradient steps draw their patches from a pool of limited size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from anomalib_metarefine.density.flow import bits_per_dimension, position_code
+from anomalib_metarefine.density.gaussian import PositionalGaussian
+from anomalib_metarefine.density.patch_density import (
+    Parameters,
+    PatchDensity,
+    flow_loss,
+    held_out,
+    trainable,
+)
+from anomalib_metarefine.features.embedding import Whitening, image_score
+from anomalib_metarefine.meta.episodes import Category, draw_patches
+from anomalib_metarefine.meta.maml import get_learner
+from anomalib_metarefine.meta.training import meta_train
+from anomalib_metarefine.settings import Settings, seed_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rich.progress import Progress
+
+    from anomalib_metarefine.density.flow import PatchFlow
+    from anomalib_metarefine.features.store import FeatureStore
+
+_POOL = 384  # images that gradient steps draw from
+_WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training images as the engine sees them: ``N`` rows of a store, ``P`` patches of ``D`` whitened channels.
+
+    Attributes:
+        store (FeatureStore): Embeddings.
+        whitening (Whitening): Global whitening.
+        grid (tuple[int, int]): Rows and columns of patches.
+    """
+
+    store: FeatureStore
+    whitening: Whitening
+    grid: tuple[int, int]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Codes of the places, ``[P x 16]``."""
+        return position_code(*self.grid)
+
+    def chunks(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Rows and whitened patches ``[n x P x D]``, a few images at a time; of all images by default."""
+        rows = np.arange(len(self.store)) if rows is None else rows
+        for part, embeddings in self.store.chunks(rows):
+            yield part, self.whitening(embeddings)
+
+
+def fit_whitening(stores: Sequence[FeatureStore], dimensions: int, seed: int) -> Whitening:
+    """Global whitening of the patches of one or several stores."""
+    generator = torch.Generator().manual_seed(seed_for(seed, "whitening"))
+    share = _WHITENING_PATCHES // len(stores)
+    return Whitening.fit(torch.cat([store.sample_patches(share, generator) for store in stores]), dimensions)
+
+
+def learn_initialisation(
+    categories: Sequence[Images],
+    flow: PatchFlow,
+    settings: Settings,
+    seed: int,
+    progress: Progress,
+    log: Callable[[dict[str, float], int], None] = lambda _figures, _step: None,
+) -> Parameters:
+    """Meta-train the flow on episodes drawn from all images of one or several categories, dirty ones included.
+
+    Returns:
+        Parameters: Where every fit begins.
+    """
+    task = progress.add_task("meta-training", total=settings.meta_steps)
+
+    def on_step(step: int, query_loss: float) -> None:
+        progress.update(task, advance=1, description=f"meta-training, query {query_loss:.3f} bits/dim")
+        log({"meta/query_bits_per_dim": query_loss}, step)
+
+    generator = torch.Generator().manual_seed(seed_for(seed, "meta-training"))
+    pools = [category(images, settings, seed) for images in categories]
+    return meta_train(pools, trainable(flow), flow_loss(flow, settings.trim), settings, generator, on_step)
+
+
+def fit_density(
+    images: Images,
+    kept: np.ndarray,
+    learned: np.ndarray,
+    flow: PatchFlow,
+    initial: Parameters,
+    settings: Settings,
+    seed: int,
+) -> PatchDensity:
+    """Gaussians from scratch and the flow from ``initial``: what is left out leaves no trace.
+
+    Args:
+        images (Images): All images.
+        kept (np.ndarray): ``[N]`` mask of those to learn from.
+        learned (np.ndarray): ``[N x P]`` mask of the patches to learn from.
+        flow (PatchFlow): The architecture.
+        initial (Parameters): The meta-learned initialisation.
+        settings (Settings): See `MetaRefine`.
+        seed (int): Of the patches drawn.
+    """
+    gaussian = fit_gaussian(images, kept, learned, settings.shrinkage)
+    generator = torch.Generator().manual_seed(seed_for(seed, "adaptation"))
+    rows = _pool_rows(kept, generator)
+    pool, usable = _pool(images, rows, gaussian), torch.from_numpy(learned[rows]).nonzero()
+    batches = (
+        draw_patches(pool, images.positions, usable, settings.batch_patches, generator)
+        for _ in range(settings.adaptation_steps)
+    )
+    learner = get_learner(settings.meta_backend)
+    parameters = learner.adapt(flow_loss(flow, settings.trim), initial, batches, settings.inner_lr)
+    return PatchDensity(images.whitening, gaussian, flow, parameters)
+
+
+def fit_gaussian(images: Images, kept: np.ndarray, learned: np.ndarray, shrinkage: float) -> PositionalGaussian:
+    """Positional whitening of the kept images (``[N]`` mask), of the patches ``[N x P]`` to learn from."""
+    chunks = (chunk for _, chunk in images.chunks(np.flatnonzero(kept)))
+    return PositionalGaussian.fit(chunks, shrinkage, torch.from_numpy(learned[kept]))
+
+
+@torch.no_grad()
+def patch_scores(images: Images, density: PatchDensity, kept: np.ndarray, learned: np.ndarray) -> torch.Tensor:
+    """Bits per dimension of all patches, ``[N x P]``; those the density was fitted on as if left out."""
+    maps, fitted = torch.empty(learned.shape), torch.from_numpy(learned & kept[:, None])
+    for rows, chunk in images.chunks():
+        maps[rows] = density.score(chunk, images.positions, fitted[rows])
+    return maps
+
+
+def image_scores(patches: torch.Tensor, tail: float) -> np.ndarray:
+    """See `image_score`, ``[N]``."""
+    return image_score(patches, tail).double().numpy()
+
+
+def gaussian_scores(images: Images, kept: np.ndarray, learned: np.ndarray, settings: Settings) -> np.ndarray:
+    """Scores of the kept images by the Gaussians alone, ``[n]``: what the flow adds is far smaller."""
+    gaussian = fit_gaussian(images, kept, learned, settings.shrinkage)
+    scores = []
+    for rows, chunk in images.chunks(np.flatnonzero(kept)):
+        z, log_det = held_out(chunk, gaussian, torch.from_numpy(learned[rows]))
+        scores.append(image_score(bits_per_dimension(z, log_det), settings.tail))
+    return torch.cat(scores).numpy()
+
+
+def category(images: Images, settings: Settings, seed: int) -> Category:
+    """All images as episodes are drawn from them."""
+    kept = np.ones(len(images.store), dtype=bool)
+    learned = np.ones((len(kept), len(images.positions)), dtype=bool)
+    gaussian = fit_gaussian(images, kept, learned, settings.shrinkage)
+    rows = _pool_rows(kept, torch.Generator().manual_seed(seed_for(seed, "pool")))
+    return Category(_pool(images, rows, gaussian), images.positions)
+
+
+def _pool_rows(kept: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """Up to ``_POOL`` of the kept images, in order."""
+    rows = np.flatnonzero(kept)
+    if len(rows) <= _POOL:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator)[:_POOL].sort().values.numpy()]
+
+
+def _pool(images: Images, rows: np.ndarray, gaussian: PositionalGaussian) -> torch.Tensor:
+    """Whitened patches ``[n x P x D]`` of some images, as held-out images would look."""
+    return torch.cat([gaussian.leave_one_out(gaussian(chunk))[0] for _, chunk in images.chunks(rows)])
