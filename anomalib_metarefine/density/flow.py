@@ -14,6 +14,7 @@ import torch
 from FrEIA.framework import SequenceINN
 from FrEIA.modules import AllInOneBlock
 from torch import nn
+from torch.nn import functional
 
 POSITION_CHANNELS = 16
 AFFINE_CLAMPING = 2.0  # logarithms of the scales stay within this
@@ -60,6 +61,7 @@ class PatchFlow(nn.Module):
             # FrEIA draws its permutation from NumPy's global state; this one follows torch's seed, as weights do.
             block.w_perm.data = torch.eye(dimensions)[torch.randperm(dimensions)]
             block.w_perm_inv.data = block.w_perm.data.T.contiguous()
+            block.global_scale_activation = _global_scale  # FrEIA's is a lambda, which anomalib's export can't pickle
 
     def forward(self, patches: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map patches to the base distribution.
@@ -81,6 +83,11 @@ class PatchFlow(nn.Module):
         """Negative log-likelihood in bits per dimension, ``[M]``: the patch score."""
         z, log_det = self(patches, positions)
         return bits_per_dimension(z, log_det)
+
+
+def _global_scale(values: torch.Tensor) -> torch.Tensor:
+    """The scale that FrEIA's block makes of its parameter."""
+    return 0.1 * functional.softplus(values, beta=0.5)
 
 
 def bits_per_dimension(z: torch.Tensor, log_det: torch.Tensor) -> torch.Tensor:

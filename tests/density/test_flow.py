@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import pytest
 import torch
@@ -54,3 +55,13 @@ def test_position_codes_differ_and_do_not_depend_on_the_resolution():
     assert len(position_code(16, 20).unique(dim=0)) == 320
     # the centre of the second of three cells is that of the fifth of nine
     torch.testing.assert_close(position_code(3, 3)[4], position_code(9, 9)[40])
+
+
+def test_a_flow_can_be_pickled_and_is_the_scale_is_that_of_freia():
+    flow = random_flow(5)
+    block = flow.couplings.module_list[0]
+    fresh = type(block)([(5,)], dims_c=[(16,)], subnet_constructor=lambda _i, o: torch.nn.Linear(_i, o)).double()
+    scale = torch.randn(1, 5).double()
+    torch.testing.assert_close(block.global_scale_activation(scale), fresh.global_scale_activation(scale))
+    again = pickle.loads(pickle.dumps(flow.couplings.module_list[0].global_scale_activation))
+    torch.testing.assert_close(again(scale), fresh.global_scale_activation(scale))
