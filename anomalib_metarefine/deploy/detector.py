@@ -129,6 +129,9 @@ class Detector:
 
         score = self.sidecar.image_score if self.sidecar else {}
         known = all(score.get(key) is not None for key in ("threshold", "minimum", "maximum"))
+        if known and not all(_is_number(score[key]) for key in ("threshold", "minimum", "maximum")):
+            msg = f"{self.folder / SIDECAR} must hold numbers in image_score, found {score}. Export the model again."
+            raise ValueError(msg)
         self.threshold: float | None = score["threshold"] if known else None
         self.calibration: dict[str, Any] | None = self.sidecar.calibration if known else None
         band = (self.calibration or {}).get("uncertain")
@@ -310,6 +313,10 @@ def _read(core: ov.Core, file: Path) -> ov.Model:
         msg = f"{file} is not a detector that anomalib exported: the outputs {', '.join(sorted(missing))} are missing."
         raise ValueError(msg)
     return model
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(error: Exception) -> str:

@@ -51,7 +51,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path.with_name(f"{path.name}.lock"), path)
+        real = path.resolve()  # through a link it is the same file, and must be the same lock
+        self._lock = _lock(real.with_name(f"{real.name}.lock"), path)
         self._file = path.open("a+b", buffering=0)
         self._synced = time.monotonic()
         self._dirty = False

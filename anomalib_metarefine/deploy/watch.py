@@ -183,7 +183,10 @@ class _Watch:
             for record in self._results.records():
                 recovery.take(record)
                 if "path" in record:
-                    self._seen.add(Arrival(record["path"], record["size"], record["mtime_ns"]))
+                    try:
+                        self._seen.add(Arrival(record["path"], record["size"], record["mtime_ns"]))
+                    except (KeyError, TypeError):  # a line that is not ours must not stop every start
+                        self._results.damaged += 1
             events = self._recover(recovery)
             if self._results.cut:
                 self._say(f"A torn last line ({self._results.cut} bytes) was cut off; its image is processed again.")

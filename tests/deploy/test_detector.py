@@ -138,6 +138,13 @@ class TestRefuses:
         with pytest.raises(ValueError, match=r"model\.bin is not the file that was exported"):
             Detector(brightness)
 
+    @pytest.mark.parametrize("threshold", ['"10"', "[1]", "true"])
+    def test_a_threshold_that_is_no_number(self, brightness, threshold):
+        text = (brightness / "metadata.json").read_text()
+        (brightness / "metadata.json").write_text(text.replace('"threshold": 10.0', f'"threshold": {threshold}'))
+        with pytest.raises(ValueError, match=r"metadata\.json must hold numbers in image_score"):
+            Detector(brightness)
+
     def test_an_empty_folder(self, tmp_path):
         (tmp_path / "notes.txt").touch()
         with pytest.raises(FileNotFoundError, match=r"expected model\.xml or model\.onnx, found notes\.txt"):

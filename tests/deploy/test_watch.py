@@ -196,6 +196,15 @@ class TestAgain:
         assert "the monitor starts afresh" in capsys.readouterr().err
         assert images(out)[-1]["drift"] is False
 
+    @pytest.mark.parametrize("odd", ['{"path": "/x"}', '{"path": ["x"], "size": 1, "mtime_ns": 1}'])
+    def test_an_odd_line_does_not_stop_a_start(self, brightness, tmp_path, capsys, odd):
+        source, out = fill(tmp_path / "in", [100] * 2), tmp_path / "r.jsonl"
+        once(brightness, source, out)
+        with out.open("a") as lines:
+            lines.write(odd + "\n")
+        assert once(brightness, source, out).before == 2
+        assert "1 damaged lines" in capsys.readouterr().err
+
     def test_only_one_at_a_time(self, brightness, tmp_path, capsys):
         source, out = fill(tmp_path / "in", [100]), tmp_path / "r.jsonl"
         with Process(brightness, source, "--out", out) as process:
