@@ -151,6 +151,7 @@ def _watch_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, metavar="N", help="processor threads of all streams")
     add("--device", default="CPU", help="OpenVINO's name of it")
     add("--precision", default="f32", choices=["f32", "f16", "bf16"], help="f32 scores like the checkpoint")
+    add("--bit-depth", type=_count, metavar="N", help="bits in use of images with more than 8; default: as in training")
     add("--no-verify", dest="verify", action="store_false", help="don't compare the model files with their SHA-256")
     add("--no-drift", dest="drift", action="store_false", help="no drift monitor")
     add("--drift-window", type=int, default=500, metavar="N", help="latest images that quartiles are told of")
@@ -168,7 +169,9 @@ def _watch(options: argparse.Namespace) -> int:
     from anomalib_metarefine.deploy.watch import WatchSettings, watch
     from anomalib_metarefine.images.reading import EXTENSIONS
 
-    named = {name: getattr(options, name) for name in ("device", "precision", "streams", "threads", "verify")}
+    named = {
+        name: getattr(options, name) for name in ("device", "precision", "streams", "threads", "verify", "bit_depth")
+    }
     detector = Detector(options.model, **named)
     drift = {"window": options.drift_window, "false_alarm_rate": options.drift_rate}
     drift |= {"horizon": options.drift_horizon, "defect_rate": options.drift_defects}

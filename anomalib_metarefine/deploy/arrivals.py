@@ -12,8 +12,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, NamedTuple
 
-from anomalib_metarefine.deploy.detector import UnreadableImageError
-from anomalib_metarefine.images.reading import EXTENSIONS
+from anomalib_metarefine.images.reading import EXTENSIONS, UnreadableImageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -18,10 +18,11 @@ from PIL import Image
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
 from anomalib_metarefine.deploy.arrivals import Rules
-from anomalib_metarefine.deploy.detector import Detector, read_image
+from anomalib_metarefine.deploy.detector import Detector
 from anomalib_metarefine.deploy.monitor import Monitor
 from anomalib_metarefine.deploy.sidecar import read_sidecar, write_sidecar
 from anomalib_metarefine.deploy.watch import WatchSettings, watch
+from anomalib_metarefine.images.reading import read_image
 from tests.deploy.conftest import brightness_model, grey, save
 
 QUICK = Rules(settle=0.0, patience=0.0)
@@ -128,7 +129,7 @@ class TestLines:
         errors = {Path(record["path"]).name: record for record in images(tmp_path / "r.jsonl") if "error" in record}
         assert sorted(errors) == ["00001.png", "empty.PNG"]
         assert "can't be read as an image" in errors["00001.png"]["error"]
-        assert errors["empty.PNG"]["error"] == "The file is empty."
+        assert errors["empty.PNG"]["error"].endswith("the file is empty")
         assert errors["empty.PNG"]["decision"] is None
 
     def test_of_an_image_that_the_model_does_not_take(self, tmp_path):
@@ -435,7 +436,7 @@ def calibrated(model, folder):
     """A copy of a model that knows the scores of 300 good solar cells."""
     cells = make_elpv_samples(packaged_root(), "mono")
     detector = Detector(model)
-    answers = [detector.predict(read_image(path)) for path in cells.image_path[cells.label_index == 0][:300]]
+    answers = [detector.predict(read_image(path).pixels) for path in cells.image_path[cells.label_index == 0][:300]]
     quantiles = np.quantile([answer.raw_score for answer in answers], np.linspace(0, 1, 101)).tolist()
     shutil.copytree(model, folder)
     sidecar = read_sidecar(folder)
@@ -459,19 +460,6 @@ def test_ten_thousand_real_images(trained, tmp_path):
     print(len(events(out, "drift")), "drift events,", Counter(record["decision"] for record in images(out)))
     assert end - settled < 8
     assert events(out, "state")[-1]["monitor"] == uninterrupted(model, out).to_dict()
-
-
-def test_without_torch_and_anomalib(brightness, tmp_path):
-    code = "import sys\nfor name in ('torch', 'torchvision', 'anomalib', 'lightning', 'pandas', 'cv2', 'sklearn'):"
-    code += "\n    sys.modules[name] = None\nfrom anomalib_metarefine.cli import main; sys.exit(main())"
-    source = fill(tmp_path / "in", [100, 200])
-    arguments = ["watch", brightness, source, "--out", tmp_path / "r.jsonl", "--once", "--heatmaps", tmp_path / "maps"]
-    arguments += ["--dynamic-threshold", "9", "11"]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert [record["decision"] for record in images(tmp_path / "r.jsonl")] == ["normal", "anomalous"]
 
 
 class TestRefuses:
