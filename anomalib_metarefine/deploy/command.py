@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Watch, and answer the exit code; raises what `watch` does."""
     from anomalib_metarefine.deploy.arrivals import Rules
     from anomalib_metarefine.deploy.detector import Detector
+    from anomalib_metarefine.deploy.journal import ResultsRemovedError
     from anomalib_metarefine.deploy.watch import WatchSettings, watch
     from anomalib_metarefine.images.reading import EXTENSIONS
 
@@ -90,5 +91,9 @@ def run(options: argparse.Namespace) -> int:
         dynamic_threshold=tuple(options.dynamic_threshold) if options.dynamic_threshold else None,
         remember=options.remember,
     )
-    watch(detector, options.source, options.out, settings)
+    try:
+        watch(detector, options.source, options.out, settings)
+    except ResultsRemovedError as error:
+        print(f"metarefine: {error}", file=sys.stderr)
+        return 1
     return 0

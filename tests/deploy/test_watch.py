@@ -26,6 +26,7 @@ from anomalib_metarefine.images.reading import read_image
 from tests.deploy.conftest import brightness_model, grey, save
 
 QUICK = Rules(settle=0.0, patience=0.0)
+SETTINGS = {"window": 500, "false_alarm_rate": 0.01, "horizon": 10_000, "defect_rate": 0.05}  # of the command line
 
 
 def fill(folder, levels, start=0):
@@ -415,8 +416,7 @@ def survive(model, contents, folder, count, pause):
 
 def uninterrupted(model, out):
     """The monitor that saw all scores without a break."""
-    settings = {"window": 500, "false_alarm_rate": 0.01, "horizon": 10_000, "defect_rate": 0.05}
-    monitor = Monitor(Detector(model), settings)
+    monitor = Monitor(Detector(model), SETTINGS)
     for record in images(out):
         monitor.update(record.get("raw_score"))
     return monitor
@@ -474,3 +474,63 @@ class TestRefuses:
     def test_times_below_zero(self, brightness, tmp_path):
         with pytest.raises(ValueError, match="settle must be at least 0 seconds, found -1"):
             once(brightness, tmp_path, tmp_path / "r.jsonl", rules=Rules(settle=-1))
+
+
+def rename(out):
+    out.rename(out.with_name("old.jsonl"))
+
+
+def rename_and_create(out):
+    rename(out)
+    out.touch()
+
+
+def copy_and_empty(out):
+    shutil.copy(out, out.with_name("old.jsonl"))
+    with out.open("r+b") as file:
+        file.truncate(0)
+
+
+class TestResultsThatAreTouched:
+    @pytest.mark.parametrize("rotate", [rename, rename_and_create, copy_and_empty])
+    def test_rotated_ones_are_begun_anew_and_nothing_is_lost_or_done_twice(self, brightness, tmp_path, capsys, rotate):
+        source, out = fill(tmp_path / "in", [100] * 20 + [140] * 30), tmp_path / "r.jsonl"
+        with Process(brightness, source, "--out", out, "--poll", "0.05") as process:
+            process.wait_until(lambda: line_count(out) >= 51)
+            rotate(out)
+            process.wait_until(lambda: line_count(out) >= 3)  # also while no image comes
+            fill(source, [140] * 10, start=50)
+            process.wait_until(lambda: len(images(out)) >= 10)
+            assert "a new one is begun" in process.stop()[1]
+        old = tmp_path / "old.jsonl"
+        assert (len(images(old)), len(images(out))) == (50, 10)
+        assert read(out)[0]["event"] == "start"
+        assert once(brightness, fill(source, [140], start=60), out, drift=SETTINGS).decisions == {"anomalous": 1}
+        paths = [record["path"] for record in images(old) + images(out)]
+        assert sorted(paths) == sorted(map(str, source.iterdir()))
+        monitor = Monitor(Detector(brightness), SETTINGS)
+        for record in images(old) + images(out):
+            monitor.update(record["raw_score"])
+        assert events(out, "state")[-1]["monitor"] == monitor.to_dict()
+
+    def test_removed_ones_end_it_with_a_sentence(self, brightness, tmp_path):
+        source, out = fill(tmp_path / "in", [100] * 3), tmp_path / "r.jsonl"
+        with Process(brightness, source, "--out", out) as process:
+            process.wait_until(lambda: line_count(out) >= 4)
+            out.unlink()
+            _, told = process.popen.communicate(timeout=60)
+        assert process.popen.returncode == 1
+        assert f"{out} was removed while results were written" in told
+        assert "Traceback" not in told
+        once(brightness, source, out)
+        assert len(images(out)) == 3
+
+    def test_another_file_in_their_place_is_left_alone(self, brightness, tmp_path):
+        source, out = fill(tmp_path / "in", [100] * 3), tmp_path / "r.jsonl"
+        with Process(brightness, source, "--out", out) as process:
+            process.wait_until(lambda: line_count(out) >= 4)
+            (tmp_path / "notes").write_text("mine\n")
+            (tmp_path / "notes").rename(out)
+            _, told = process.popen.communicate(timeout=60)
+        assert (process.popen.returncode, out.read_text()) == (2, "mine\n")
+        assert "holds something else than results" in told
