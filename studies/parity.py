@@ -23,8 +23,8 @@ from PIL import Image
 
 from anomalib_metarefine import ELPV, MetaRefine
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
-from anomalib_metarefine.deploy.detector import read_image
 from anomalib_metarefine.features.offline import no_pretrained_weights
+from anomalib_metarefine.images.reading import read_image
 from anomalib_metarefine.model.calibration import calibrate_model, raw_scores
 from anomalib_metarefine.model.export import export_model
 from anomalib_metarefine.model.graph import Graph
@@ -63,7 +63,7 @@ def gap(model: AnomalibModule, graph: Graph, files: list[Path]) -> tuple[float, 
     """Largest relative difference of raw image scores, and changed decisions."""
     scale = score_scales(model.post_processor)[0]
     wanted = raw_scores(model, files).image
-    answers = [graph.scores(read_image(file)) for file in files]
+    answers = [graph.scores(read_image(file).pixels) for file in files]
     span = scale["maximum"] - scale["minimum"]
     found = (np.array([answer.image for answer in answers]) - 0.5) * span + scale["threshold"]
     changed = (wanted > scale["threshold"]) != np.array([answer.anomalous for answer in answers])

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from anomalib_metarefine.cli.command import SHOWN, Command, command_line, require
+from anomalib_metarefine.deploy import command as watching
 
 _CHECKPOINT, _IMAGES = "a checkpoint of a trained model", "a folder of images, or a CSV or Parquet table of paths"
 _EXPORTED = "the folder of an exported model"
@@ -143,61 +144,6 @@ def _to_standard_error(text: str) -> None:
     print(f"metarefine: {text}", file=sys.stderr, flush=True)
 
 
-def _watch_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("model", metavar="MODEL_DIR", type=Path, help="folder of an exported model: OpenVINO or ONNX")
-    add("source", metavar="SOURCE", help="folder of images, or - for paths on standard input, one per line")
-    add("--out", required=True, metavar="FILE", help="JSON lines; gone on with if there; - for standard output")
-    add("--once", action="store_true", help="end when the images that are there are done")
-    add("--heatmaps", type=Path, metavar="DIR", help="write overlays of the anomaly map into this folder")
-    add("--heatmaps-of", choices=["anomalous", "all"], default="anomalous", help="anomalous includes uncertain")
-    add("--extensions", nargs="+", metavar="EXT", help="file names to look for in a folder")
-    add("--poll", type=float, default=0.5, metavar="S", help="seconds between looks at the folder")
-    add("--settle", type=float, default=0.2, metavar="S", help="a file must not have changed for so many seconds")
-    add("--patience", type=float, default=10.0, metavar="S", help="seconds until an unreadable file is called corrupt")
-    add("--streams", type=int, default=2, metavar="N", help="images inferred at the same time")
-    add("--threads", type=int, metavar="N", help="processor threads of all streams")
-    add("--device", default="CPU", help="OpenVINO's name of it")
-    add("--precision", default="f32", choices=["f32", "f16", "bf16"], help="f32 scores like the checkpoint")
-    add("--no-verify", dest="verify", action="store_false", help="don't compare the model files with their SHA-256")
-    add("--no-drift", dest="drift", action="store_false", help="no drift monitor")
-    add("--drift-window", type=int, default=500, metavar="N", help="latest images that quartiles are told of")
-    add("--drift-rate", type=float, default=0.01, metavar="P", help="chance of a false alarm in --drift-horizon images")
-    add("--drift-horizon", type=int, default=10_000, metavar="N", help="see --drift-rate")
-    add("--drift-defects", type=float, default=0.05, metavar="P", help="share of defects that is not called drift")
-    limits = ("LOW", "HIGH")
-    add("--dynamic-threshold", type=float, nargs=2, metavar=limits, help="raw scores the threshold may move between")
-    add("--remember", type=int, default=1_000_000, metavar="N", help="images to know again; more than the folder holds")
-
-
-def _watch(options: argparse.Namespace) -> int:
-    require(options.model, _EXPORTED)
-    if options.source != "-":
-        require(options.source, "a folder of images, or - for paths on standard input")
-    from anomalib_metarefine.deploy.arrivals import Rules
-    from anomalib_metarefine.deploy.detector import Detector
-    from anomalib_metarefine.deploy.watch import WatchSettings, watch
-    from anomalib_metarefine.images.reading import EXTENSIONS
-
-    named = {name: getattr(options, name) for name in ("device", "precision", "streams", "threads", "verify")}
-    detector = Detector(options.model, **named)
-    drift = {"window": options.drift_window, "false_alarm_rate": options.drift_rate}
-    drift |= {"horizon": options.drift_horizon, "defect_rate": options.drift_defects}
-    extensions = tuple(options.extensions or EXTENSIONS)
-    settings = WatchSettings(
-        once=options.once,
-        poll=options.poll,
-        rules=Rules(options.settle, options.patience, extensions),
-        heatmaps=options.heatmaps,
-        heatmaps_of=options.heatmaps_of,
-        drift=drift if options.drift else None,
-        dynamic_threshold=tuple(options.dynamic_threshold) if options.dynamic_threshold else None,
-        remember=options.remember,
-    )
-    watch(detector, options.source, options.out, settings)
-    return 0
-
-
 DEPLOYMENT = {
     "calibrate": Command(
         "choose a model's threshold from normal images alone",
@@ -223,9 +169,8 @@ DEPLOYMENT = {
     ),
     "watch": Command(
         "inference on images as they arrive",
-        "Writes one JSON line per image, none twice, none lost, also after kill -9: the results file is the memory. "
-        "SIGTERM and Ctrl-C finish what is in flight. Needs neither torch nor anomalib. Format: docs/watch.md.",
-        _watch_arguments,
-        _watch,
+        watching.DESCRIPTION,
+        watching.add_arguments,
+        watching.run,
     ),
 }

@@ -12,8 +12,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING, NamedTuple
 
-from anomalib_metarefine.deploy.detector import UnreadableImageError
-from anomalib_metarefine.images.reading import EXTENSIONS
+from anomalib_metarefine.images.reading import EXTENSIONS, UnreadableImageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -163,6 +162,10 @@ class Folder:
         """Whether an image that could not be read is not to be tried again."""
         return isinstance(error, FileNotFoundError) or self._waiting.gives_up(arrival, error)
 
+    def processed(self) -> Iterator[Arrival]:
+        """The images in the folder that are done."""
+        return filter(self._done, self._walk(self.root))
+
     def _walk(self, folder: Path | str) -> Iterator[Arrival]:
         """All images, one at a time: a folder may hold a million."""
         try:
@@ -235,6 +238,10 @@ class Lines:
     def gives_up(self, arrival: Arrival, error: Exception) -> bool:
         """Whether an image that could not be read is not to be tried again."""
         return self._waiting.gives_up(arrival, error)
+
+    def processed(self) -> Iterator[Arrival]:
+        """Nothing: what is remembered can't be listed."""
+        return iter(())
 
     def _take(self) -> None:
         for _ in range(min(_LINES_AHEAD, _MOST_WAITING - len(self._paths))):

@@ -11,23 +11,19 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
 import openvino as ov
 from openvino.preprocess import PrePostProcessor
-from PIL import Image
 
 from anomalib_metarefine.deploy.sidecar import SIDECAR, Sidecar, file_hash, read_sidecar, verify_files
+from anomalib_metarefine.images.reading import check_bit_depth
 
 DECISIONS = ("normal", "anomalous", "uncertain")
 _MODEL_FILES = {"openvino": "model.xml", "onnx": "model.onnx"}
 _SIZES_KEPT = 4  # image sizes with a network of their own; a line has one or two
-
-
-class UnreadableImageError(ValueError):
-    """A file that is there, but is no image, or not the whole of one."""
 
 
 class Prediction(NamedTuple):
@@ -84,8 +80,11 @@ class Detector:
         streams (int): Images inferred at the same time by `submit`. One gives the lowest latency.
         threads (int | None): Processor threads for all of them; ``None`` leaves it to OpenVINO.
         verify (bool): Compare the files with the SHA-256 in ``metadata.json``.
+        bit_depth (int | None): Bits in use of image files with more than 8, for `read_image`; ``None`` takes what
+            ``metadata.json`` says of the training.
 
     Attributes:
+        bit_depth (int | None): The same; ``None`` takes the full scale of each file.
         sidecar (Sidecar | None): The content of ``metadata.json``.
         threshold (float | None): Raw score above which an image is anomalous.
         uncertain (tuple[float, float] | None): Raw scores between which a person should look.
@@ -97,7 +96,7 @@ class Detector:
 
     Example:
         >>> detector = Detector("weights/openvino")  # doctest: +SKIP
-        >>> detector.predict(read_image("part.png")).decision  # doctest: +SKIP
+        >>> detector.predict(read_image("part.png", detector.bit_depth).pixels).decision  # doctest: +SKIP
         'normal'
     """
 
@@ -109,6 +108,7 @@ class Detector:
         streams: int = 1,
         threads: int | None = None,
         verify: bool = True,
+        bit_depth: int | None = None,
     ) -> None:
         if streams < 1:
             msg = f"streams must be at least 1, found {streams}."
@@ -118,6 +118,9 @@ class Detector:
         self.file = _model_file(self.folder, self.sidecar)
         if verify and self.sidecar is not None:
             verify_files(self.folder, self.sidecar)
+        recorded = self.sidecar.input.get("bit_depth") if self.sidecar else None
+        self.bit_depth = recorded if bit_depth is None else bit_depth
+        check_bit_depth(self.bit_depth)
         self._core = ov.Core()
         self._model = _read(self._core, self.file)
         self._config = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": str(streams)}
@@ -129,6 +132,9 @@ class Detector:
 
         score = self.sidecar.image_score if self.sidecar else {}
         known = all(score.get(key) is not None for key in ("threshold", "minimum", "maximum"))
+        if known and not all(_is_number(score[key]) for key in ("threshold", "minimum", "maximum")):
+            msg = f"{self.folder / SIDECAR} must hold numbers in image_score, found {score}. Export the model again."
+            raise ValueError(msg)
         self.threshold: float | None = score["threshold"] if known else None
         self.calibration: dict[str, Any] | None = self.sidecar.calibration if known else None
         band = (self.calibration or {}).get("uncertain")
@@ -139,13 +145,14 @@ class Detector:
         """SHA-256 over the model's files and its metadata: another one is another detector."""
         files = sorted({self.file, self.file.with_suffix(".bin"), self.folder / SIDECAR})
         content = {file.name: file_hash(file) for file in files if file.is_file()}
+        content["bit_depth"] = self.bit_depth  # the same file has other pixels with another
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def predict(self, image: np.ndarray, anomaly_map: bool = False) -> Prediction:
         """Score one image.
 
         Args:
-            image (np.ndarray): ``[H, W, 3]`` uint8, RGB, as `read_image` gives it.
+            image (np.ndarray): ``[H, W, 3]`` float32 in [0, 1], RGB: the ``pixels`` of `read_image`.
             anomaly_map (bool): Give the map too.
 
         Raises:
@@ -219,8 +226,9 @@ class Detector:
 
     def _network(self, image: np.ndarray) -> _Network:
         """The network of the image's size; the one unused for longest makes room for a new one."""
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            msg = f"Expected an image [H, W, 3] of uint8, found {list(image.shape)} of {image.dtype}. See read_image."
+        if image.dtype != np.float32 or image.ndim != 3 or image.shape[2] != 3:
+            msg = f"Expected an image [H, W, 3] of float32 in [0, 1], found {list(image.shape)} of {image.dtype}. "
+            msg += "Pass the pixels of read_image."
             raise ValueError(msg)
         size = image.shape[:2]
         if size not in self._networks:
@@ -235,7 +243,7 @@ class Detector:
         return self._networks[size]
 
     def _compile(self, size: tuple[int, int]) -> ov.CompiledModel:
-        """The model at a static image size, from uint8 pixels on: conversion and scaling are part of the graph."""
+        """The model at a static image size."""
         model = self._model.clone()
         accepts = self.sidecar.input.get("accepts", "any") if self.sidecar else "any"
         taken = ov.PartialShape([1, 3, *(accepts if accepts != "any" else (-1, -1))])
@@ -245,9 +253,8 @@ class Detector:
                 msg += "Resize them as for the training, or export the model for any size."
                 raise ValueError(msg)
         steps = PrePostProcessor(model)
-        steps.input().tensor().set_element_type(ov.Type.u8).set_layout(ov.Layout("NHWC"))
+        steps.input().tensor().set_layout(ov.Layout("NHWC"))
         steps.input().model().set_layout(ov.Layout("NCHW"))
-        steps.input().preprocess().convert_element_type(ov.Type.f32).scale(255.0)
         model = steps.build()
         try:
             model.reshape([1, *size, 3])
@@ -255,35 +262,6 @@ class Detector:
         except RuntimeError as error:
             msg = f"The model can't be compiled for images of {size[0]} x {size[1]} on {self.device}: {_short(error)}"
             raise ValueError(msg) from error
-
-
-def read_image(source: str | Path | BinaryIO) -> np.ndarray:
-    """Read an image exactly as anomalib reads it for training.
-
-    By Pillow, and with the same call: OpenCV decodes JPEG differently by a few grey levels, turns images by their EXIF
-    tag and reads 16-bit images otherwise, and each of these would make the line see other images than the training
-    saw. So grey becomes RGB, an alpha channel is dropped, 16 bits are converted as Pillow does, a turn in EXIF is
-    ignored.
-
-    Args:
-        source (str | Path | BinaryIO): File, or its content.
-
-    Returns:
-        np.ndarray: ``[H, W, 3]`` uint8, RGB.
-
-    Raises:
-        OSError: If the file can't be opened.
-        UnreadableImageError: If it is empty, truncated or no image.
-    """
-    try:
-        with Image.open(source) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise many kinds
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        name = source if isinstance(source, str | Path) else getattr(source, "name", "The data")
-        msg = f"{name} can't be read as an image: {_short(error)}"
-        raise UnreadableImageError(msg) from error
 
 
 def _model_file(folder: Path, sidecar: Sidecar | None) -> Path:
@@ -310,6 +288,10 @@ def _read(core: ov.Core, file: Path) -> ov.Model:
         msg = f"{file} is not a detector that anomalib exported: the outputs {', '.join(sorted(missing))} are missing."
         raise ValueError(msg)
     return model
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(error: Exception) -> str:

@@ -5,7 +5,8 @@ There is no second file that could disagree with it. What survives:
 - the process is killed (``kill -9``): every line that was written. A line goes to the system in one call, unbuffered;
 - the power fails: every line up to the last `sync`, at most about a second before. Images whose lines are lost are
   processed again, so in the file they stand once;
-- a torn last line, by either, or by a full disk: it is cut off at the next start.
+- a torn last line, by either, or by a full disk: it is cut off at the next start;
+- the file is renamed or emptied, as log rotation does: a new one is begun. If it is removed, that is an error.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ _BLOCK = 1 << 16  # bytes
 _FIRST = b'{"event"'  # what every results file begins with
 
 
+class ResultsRemovedError(RuntimeError):
+    """The results file is gone, and with it all that was written."""
+
+
 class Results(Protocol):
     """Where lines go."""
 
+    def renewed(self) -> bool: ...  # noqa: D102
     def append(self, *records: dict[str, Any]) -> None: ...  # noqa: D102
     def sync(self) -> None: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
@@ -51,17 +57,35 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path.with_name(f"{path.name}.lock"), path)
+        real = path.resolve()  # through a link it is the same file, and must be the same lock
+        self._lock = _lock(real.with_name(f"{real.name}.lock"), path)
+        self._synced, self._dirty, self.damaged = time.monotonic(), False, 0
         self._file = path.open("a+b", buffering=0)
-        self._synced = time.monotonic()
-        self._dirty = False
-        self.damaged = 0
         try:
-            self._refuse_other_files()
-            self.cut = self._cut_torn_line()
+            self.cut = self._go_on()
         except ValueError:
             self.close()
             raise
+
+    def renewed(self) -> bool:
+        """Whether a new file had to be begun, as the old one was renamed or emptied. To be asked before each `append`.
+
+        Raises:
+            ResultsRemovedError: If there is no such file any more, under whatever name.
+            ValueError: If another file has taken its place that is not of JSON lines.
+        """
+        ours, there = os.fstat(self._file.fileno()), _stat(self.path)
+        if there is not None and os.path.samestat(ours, there) and ours.st_size >= self._size:
+            return False
+        if there is None and ours.st_nlink == 0:
+            msg = f"{self.path} was removed while results were written. What was in it is lost; start again to process "
+            msg += "the images that are still there, and rename results that you want out of the way."
+            raise ResultsRemovedError(msg)
+        self.sync()
+        self._file.close()
+        self._file = self.path.open("a+b", buffering=0)
+        self._go_on()
+        return True
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Read all lines, one at a time; what is no JSON object (zeros after a power failure) is skipped."""
@@ -85,7 +109,7 @@ class Journal:
         block = memoryview(encode(*records))
         while block:
             block = block[self._file.write(block) :]
-        self._dirty = True
+        self._size, self._dirty = self._file.tell(), True
         if time.monotonic() - self._synced >= _SYNC_S:
             self.sync()
 
@@ -101,15 +125,13 @@ class Journal:
         self._file.close()
         os.close(self._lock)
 
-    def _refuse_other_files(self) -> None:
+    def _go_on(self) -> int:
+        """Make ready to append to what is in the file; the bytes that were cut off."""
         self._file.seek(0)
         start = self._file.read(len(_FIRST))
         if not _FIRST.startswith(start) and set(start) != {0}:
             msg = f"{self.path} holds something else than results of `metarefine watch`. Pass another file as --out."
             raise ValueError(msg)
-
-    def _cut_torn_line(self) -> int:
-        """Cut off what follows the last end of a line."""
         size = end = self._file.seek(0, os.SEEK_END)
         while end > 0:
             start = max(0, end - _BLOCK)
@@ -120,12 +142,16 @@ class Journal:
                 break
             end = start
         self._file.truncate(end)
-        self._dirty = size > end
+        self._size, self._dirty = end, size > end
         return size - end
 
 
 class Printer:
     """Lines to standard output: nothing is remembered."""
+
+    def renewed(self) -> bool:
+        """Never."""
+        return False
 
     def append(self, *records: dict[str, Any]) -> None:
         """Write records at once."""
@@ -149,6 +175,13 @@ def encode(*records: dict[str, Any]) -> bytes:
         b'{"path": "\\u00e4.png", "score": 0.5}\n'
     """
     return b"".join(json.dumps(record, allow_nan=False).encode("ascii") + b"\n" for record in records)
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
 
 
 def _lock(file: Path, results: Path) -> int:

@@ -117,7 +117,7 @@ class Recovery:
             return
         elif event == "state":
             self._forget()
-            self._state = record["monitor"]
+            self._state = record.get("monitor")
         elif event in ("drift", "threshold"):
             self._events += 1
         elif record.get("raw_score") is not None:

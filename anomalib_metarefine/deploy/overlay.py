@@ -15,7 +15,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, strength: float = 0.5) -
     """Lay the map over the image, blue for 0, green for 0.5, red for 1.
 
     Args:
-        image (np.ndarray): ``[H, W, 3]`` uint8, RGB.
+        image (np.ndarray): ``[H, W, 3]`` in [0, 1], RGB.
         anomaly_map (np.ndarray): ``[h, w]`` in [0, 1]; enlarged to the image's size.
         strength (float): Of the colours, in [0, 1].
 
@@ -26,7 +26,7 @@ def overlay(image: np.ndarray, anomaly_map: np.ndarray, strength: float = 0.5) -
     enlarged = Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
     values = np.asarray(enlarged)[..., None]
     colours = (1.5 - np.abs(4 * values - np.array([3.0, 2.0, 1.0], np.float32))).clip(0, 1)  # the classic "jet"
-    return ((1 - strength) * image + 255 * strength * colours).round().astype(np.uint8)
+    return (255 * ((1 - strength) * image + strength * colours)).round().astype(np.uint8)
 
 
 def write_overlay(file: Path, image: np.ndarray, anomaly_map: np.ndarray) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoAnswer  # Python 3.10 has two of that name
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anomalib_metarefine.deploy.arrivals import Arrival, look
-from anomalib_metarefine.deploy.detector import Detector, Prediction, UnreadableImageError, read_image
+from anomalib_metarefine.deploy.detector import Detector, Prediction
+from anomalib_metarefine.images.reading import UnreadableImageError, decode_image, read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +31,7 @@ class Job:
     Attributes:
         arrival (Arrival): The file.
         sha256 (str | None): Of its content, once it was read.
-        image (np.ndarray | None): ``[H, W, 3]`` uint8; kept if an anomaly map was asked for.
+        image (np.ndarray | None): ``[H, W, 3]`` float32 in [0, 1]; kept if an anomaly map was asked for.
         prediction (Prediction | None): Once it is there.
         error (Exception | None): Why there is none.
     """
@@ -66,7 +64,7 @@ class Pipeline:
     def push(self, arrival: Arrival) -> None:
         """Take a file; finishes others while there is no room."""
         job = Job(arrival)
-        self._reading.append((job, self._readers.submit(_load, job)))
+        self._reading.append((job, self._readers.submit(_load, job, self._detector.bit_depth)))
         if len(self._reading) > self._ahead:
             self._start_oldest()
 
@@ -109,14 +107,16 @@ def _is_done(answer: Future[Prediction] | None) -> bool:
     return answer is None or answer.done()
 
 
-def _load(job: Job) -> np.ndarray:
+def _load(job: Job, bit_depth: int | None) -> np.ndarray:
     """Read and decode a file: its bytes once, for hash and pixels."""
-    content = Path(job.arrival.path).read_bytes()
+    content = read_bytes(job.arrival.path)
     if look(job.arrival.path) != job.arrival:
         msg = f"{job.arrival.path} changed while it was read."
         raise ChangingFileError(msg)
-    job.sha256 = hashlib.sha256(content).hexdigest()
-    if not content:
-        msg = "The file is empty."
-        raise UnreadableImageError(msg)
-    return read_image(io.BytesIO(content))
+    try:
+        image = decode_image(content, job.arrival.path, bit_depth)
+    except UnreadableImageError as error:
+        job.sha256 = error.sha256
+        raise
+    job.sha256 = image.sha256
+    return image.pixels

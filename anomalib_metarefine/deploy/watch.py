@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,6 +114,7 @@ def watch(detector: Detector, source: str | Path, out: str | Path, settings: Wat
         FileNotFoundError: If there is no such folder.
         ValueError: If another process writes to the results file, or the settings contradict each other.
         OSError: If results can't be written.
+        ResultsRemovedError: If the results file was removed meanwhile.
     """
     settings = settings or WatchSettings()
     _check(source, settings)
@@ -136,6 +138,7 @@ class _Watch:
         else:
             self._source = Folder(Path(source), settings.rules, done, settings.once)
         self._monitor = Monitor(detector, settings.drift, settings.dynamic_threshold)
+        self._run = {"model": detector.fingerprint, "settings": settings.of_monitor()}
         self._since_state, self._done, self._told, self._reachable = 0, 0, 0.0, True
 
     def run(self) -> Summary:
@@ -147,8 +150,7 @@ class _Watch:
                     self._loop(pipeline, stopped, status)
             finally:
                 pipeline.close()
-            if self._since_state:
-                self._results.append(self._state())
+            self._write(*([self._state()] if self._since_state else []))
             self._results.sync()
         self._say(str(self._summary))
         return self._summary
@@ -166,6 +168,7 @@ class _Watch:
                 self._tell(status)
             pipeline.flush()
             self._tell(status)
+            self._write()
             self._results.sync()
             if self._source.exhausted:
                 break
@@ -176,25 +179,41 @@ class _Watch:
 
     def _resume(self) -> None:
         """Take up what earlier runs left in the results file."""
-        run = {"model": self._detector.fingerprint, "settings": self._settings.of_monitor()}
         events = []
         if isinstance(self._results, Journal):
-            recovery = Recovery(run)
+            recovery = Recovery(self._run)
             for record in self._results.records():
                 recovery.take(record)
-                if "path" in record:
-                    self._seen.add(Arrival(record["path"], record["size"], record["mtime_ns"]))
+                try:
+                    for image in _images_of(record):
+                        self._seen.add(image)
+                except (KeyError, TypeError):  # a line that is not ours must not stop every start
+                    self._results.damaged += 1
             events = self._recover(recovery)
             if self._results.cut:
                 self._say(f"A torn last line ({self._results.cut} bytes) was cut off; its image is processed again.")
             if self._results.damaged:
                 self._say(f"Warning: {self._results.damaged} damaged lines; their images are processed again.")
         self._summary.before = len(self._seen)
-        self._results.append({"event": "start", "time": now(), **run, "version": __version__}, *events)
+        self._results.append(self._start(), *events)
         if self._summary.before:
             self._say(f"Going on after {self._summary.before} images.")
         if self._settings.drift is not None and self._monitor.drifted is None:
             self._say("No drift monitor: the model was not calibrated, so it doesn't know what scores to expect.")
+
+    def _start(self) -> dict[str, Any]:
+        return {"event": "start", "time": now(), **self._run, "version": __version__}
+
+    def _write(self, *records: dict[str, Any]) -> None:
+        """Write lines. In a file that had to be begun anew stands all that the next start must know."""
+        if not self._results.renewed():
+            self._results.append(*records)
+            return
+        self._say("The results file was renamed or emptied; a new one is begun.")
+        done = self._source.processed()
+        while part := [list(arrival) for arrival in islice(done, _STATE_EVERY)]:
+            records = ({"event": "earlier", "images": part}, *records)
+        self._results.append(self._start(), *records, self._state())
 
     def _recover(self, recovery: Recovery) -> list[dict[str, Any]]:
         try:
@@ -210,7 +229,7 @@ class _Watch:
             if isinstance(job.error, ChangingFileError) or not self._source.gives_up(job.arrival, job.error):
                 return
             self._summary.decisions["unreadable"] += 1
-            self._results.append({**_about(job), "decision": None, "error": _why(job.error), "time": now()})
+            self._write({**_about(job), "decision": None, "error": _why(job.error), "time": now()})
             self._note(job)
             return
         prediction, threshold = job.prediction, self._monitor.threshold
@@ -228,7 +247,7 @@ class _Watch:
         line |= {"drift": self._monitor.drifted, "time": now()} | ({"heatmap": heatmap} if heatmap else {})
         self._since_state += self._monitor.drifted is not None
         state = [self._state()] if self._since_state >= _STATE_EVERY else []
-        self._results.append(line, *events, *state)
+        self._write(line, *events, *state)
         self._note(job)
         self._summary.decisions[decision] += 1
         self._summary.latencies.append(line["latency_ms"])
@@ -290,6 +309,13 @@ class _Watch:
 def now() -> str:
     """The time as ISO 8601, in UTC, to the millisecond."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _images_of(record: dict[str, Any]) -> list[Arrival]:
+    """The images that a line says are done."""
+    if record.get("event") == "earlier":
+        return [Arrival(*entry) for entry in record["images"]]
+    return [Arrival(record["path"], record["size"], record["mtime_ns"])] if "path" in record else []
 
 
 def _about(job: Job) -> dict[str, Any]:

@@ -161,6 +161,7 @@ def sidecar_of(model: AnomalibModule, kind: str, precision: str, input_size: tup
             "value_range": [0.0, 1.0],
             "size": _resized_to(getattr(model.pre_processor, "transform", None)),
             "accepts": list(input_size) if input_size else "any",
+            "bit_depth": getattr(model, "provenance", {}).get("bit_depth"),
         },
         image_score=image_score,
         anomaly_map=anomaly_map,

@@ -59,9 +59,8 @@ class Graph:
         self._network = core.compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def scores(self, image: np.ndarray) -> GraphScores:
-        """Scores of an image ``[H, W, 3]`` of uint8."""
-        pixels = image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255)
-        answer = self._network(pixels)
+        """Scores of an image ``[H, W, 3]`` of float32 in [0, 1]."""
+        answer = self._network(image.transpose(2, 0, 1)[None])
         score, anomaly_map = (answer[name] for name in self._outputs)
         return GraphScores(float(score.max()), float(anomaly_map.max()), bool(answer["pred_label"].reshape(-1)[0]))
 

@@ -12,9 +12,9 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing.utils.transform import get_exportable_transform
 from sklearn.metrics import roc_auc_score
 
-from anomalib_metarefine.deploy.detector import Detector, Prediction, read_image
+from anomalib_metarefine.deploy.detector import Detector, Prediction
 from anomalib_metarefine.deploy.sidecar import SIDECAR
-from anomalib_metarefine.images.reading import check_images
+from anomalib_metarefine.images.reading import check_images, read_image
 from anomalib_metarefine.model.calibration import RawScores, raw_scores
 from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.model.evaluation import Detection, detect, folder_labels
@@ -141,7 +141,7 @@ def verify_deployment(
         detection = detect(found.image[new], labels[new], threshold) if new.any() else None
         problems += _worse(auroc, detection)
     say(f"timing {runs} inferences, one at a time and then in parallel")
-    images = [read_image(path) for path in paths[:_TIMED_IMAGES]]
+    images = [read_image(path, detector.bit_depth).pixels for path in paths[:_TIMED_IMAGES]]
     return Verification(
         images=len(paths),
         precision=graph.precision,
@@ -189,7 +189,7 @@ def _run(graph: Graph, detector: Detector, paths: Sequence[str | Path], say: Cal
     for number, path in enumerate(paths):
         if number % -(-len(paths) // _TOLD) == 0:
             say(f"deployed model: image {number + 1} of {len(paths)}")
-        image = read_image(path)
+        image = read_image(path, detector.bit_depth).pixels
         answers.graph.append(graph.scores(image))
         answers.detector.append(detector.predict(image))
     return answers

@@ -8,13 +8,13 @@ import sys
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 server, model, paths = sys.argv[1], sys.argv[2], sys.argv[3:]
 
 for path in paths:
-    # As in training: RGB, values in [0, 1], any size; the graph resizes.
-    pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
+    # As in training: upright, RGB, values in [0, 1], any size; the graph resizes. 8-bit files only.
+    pixels = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"), dtype=np.float32) / 255
     pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1)[np.newaxis])
     data = pixels.astype("<f4").tobytes()
     tensor = {"name": "input", "datatype": "FP32", "shape": pixels.shape, "parameters": {"binary_data_size": len(data)}}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from PIL import Image
+from PIL import Image, ImageOps
 
 folder, paths = Path(sys.argv[1]), sys.argv[2:]
 
@@ -23,8 +23,9 @@ if (folder / "metadata.json").is_file():
     uncertain = (metadata["calibration"] or {}).get("uncertain")
 
 for path in paths:
-    # As in training: RGB, values in [0, 1], any size; the graph resizes.
-    pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255
+    # As in training: upright, RGB, values in [0, 1], any size; the graph resizes. Pillow cuts off what is deeper than
+    # 8 bits: divide the levels of such files by their full scale instead.
+    pixels = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"), dtype=np.float32) / 255
     answer = model(pixels.transpose(2, 0, 1)[np.newaxis])
     score = answer["pred_score"].item()  # in [0, 1], the threshold is 0.5; answer["anomaly_map"] is [1, 1, h, w]
     decision = "anomalous" if answer["pred_label"].item() else "normal"

@@ -60,7 +60,7 @@ def test_position_codes_differ_and_do_not_depend_on_the_resolution():
 def test_a_flow_can_be_pickled_and_is_the_scale_is_that_of_freia():
     flow = random_flow(5)
     block = flow.couplings.module_list[0]
-    fresh = type(block)([(5,)], dims_c=[(16,)], subnet_constructor=lambda _i, o: torch.nn.Linear(_i, o)).double()
+    fresh = type(block)([(5,)], dims_c=[(16,)], subnet_constructor=torch.nn.Linear).double()
     scale = torch.randn(1, 5).double()
     torch.testing.assert_close(block.global_scale_activation(scale), fresh.global_scale_activation(scale))
     again = pickle.loads(pickle.dumps(flow.couplings.module_list[0].global_scale_activation))

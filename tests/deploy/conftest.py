@@ -86,6 +86,11 @@ def grey(level: float, size: tuple[int, int] = (24, 32), seed: int = 0) -> np.nd
     return (level + noise - noise.mean()).round().clip(0, 255).astype(np.uint8)
 
 
+def pixels(level: float, size: tuple[int, int] = (24, 32), seed: int = 0) -> np.ndarray:
+    """The same as the detector takes it."""
+    return grey(level, size, seed) / np.float32(255)
+
+
 def save(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)

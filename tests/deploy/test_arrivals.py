@@ -7,10 +7,10 @@ import pytest
 
 from anomalib_metarefine.deploy import arrivals
 from anomalib_metarefine.deploy.arrivals import Arrival, Folder, Lines, Rules, Seen, look
-from anomalib_metarefine.deploy.detector import UnreadableImageError
 from anomalib_metarefine.images import sources
+from anomalib_metarefine.images.reading import UnreadableImageError
 
-BROKEN, LOCKED = UnreadableImageError("cut off"), PermissionError(13, "locked")
+BROKEN, LOCKED = UnreadableImageError("a.png", "cut off"), PermissionError(13, "locked")
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
-from anomalib_metarefine.deploy.detector import Detector, read_image
+from anomalib_metarefine.deploy.detector import Detector
+from anomalib_metarefine.images.reading import read_image
 from tests.deploy.conftest import grey, save
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -33,7 +34,7 @@ def run_alone(script, *arguments):
 
 def expected(folder, paths):
     detector = Detector(folder)
-    return [detector.predict(read_image(path)) for path in paths]
+    return [detector.predict(read_image(path).pixels) for path in paths]
 
 
 def test_plain_openvino_scores_like_the_detector(trained, tmp_path):

@@ -95,3 +95,12 @@ def test_no_line_is_written_that_json_can_not_hold(tmp_path):
 def test_each_record_is_a_line():
     block = encode({"a": "x\ny"}, {"b": 0.1 + 0.2})
     assert [json.loads(line) for line in block.splitlines()] == [{"a": "x\ny"}, {"b": 0.1 + 0.2}]
+
+
+def test_one_writer_through_a_link_too(tmp_path):
+    path, link = tmp_path / "r.jsonl", tmp_path / "link.jsonl"
+    journal = Journal(path)
+    link.symlink_to(path)
+    with pytest.raises(ValueError, match="Another `metarefine watch` writes to"):
+        Journal(link)
+    journal.close()

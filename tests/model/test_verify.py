@@ -10,8 +10,8 @@ import torch
 
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
-from anomalib_metarefine.deploy.detector import read_image
 from anomalib_metarefine.deploy.sidecar import SIDECAR, file_hash
+from anomalib_metarefine.images.reading import read_image
 from anomalib_metarefine.model.calibration import calibrate_checkpoint, raw_scores
 from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.model.export import export_model
@@ -175,7 +175,7 @@ def test_the_graph_is_opened_before_its_clamps(trained, paths, tmp_path, kind):
     model = load_checkpoint(trained.checkpoint)
     graph = Graph(export_model(model, tmp_path, kind) if kind == "onnx" else trained.folder / "model.xml")
     assert (graph.open, graph.precision, graph.accepts) == ((True, True), "FP32", None)
-    scores = graph.scores(read_image(paths[0]))
+    scores = graph.scores(read_image(paths[0]).pixels)
     post = model.post_processor
     for name, found, raw in zip(("image", "pixel"), scores, raw_scores(model, paths[:1]), strict=False):
         low, high, at = (getattr(post, f"{name}_{part}").item() for part in ("min", "max", "threshold"))
