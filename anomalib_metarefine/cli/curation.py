@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
 
-_MANIFEST = "manifest.csv of a curation, or its folder"
+MANIFEST = "manifest.csv of a curation, or its folder"
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +120,6 @@ def review_arguments(parser: argparse.ArgumentParser) -> None:
 
 def review(options: argparse.Namespace) -> int:
     """Take over a person's decisions from a table, or write one to fill in."""
-    require(options.manifest, _MANIFEST)
     from anomalib_metarefine.curation.decisions import decide, read, remember
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.questions import template
@@ -173,7 +172,7 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(options: argparse.Namespace) -> int:
-    require(options.manifest, _MANIFEST)
+    require(options.manifest, MANIFEST)
     from anomalib_metarefine.curation.manifest import Manifest
 
     manifest = Manifest.read(options.manifest, options.root)
@@ -196,8 +195,8 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    require(options.before, _MANIFEST)
-    require(options.after, _MANIFEST)
+    require(options.before, MANIFEST)
+    require(options.after, MANIFEST)
     from anomalib_metarefine.curation.diff import diff
     from anomalib_metarefine.curation.manifest import Manifest
 
@@ -214,7 +213,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    require(options.manifest, _MANIFEST)
+    require(options.manifest, MANIFEST)
     from anomalib_metarefine.curation.manifest import Manifest
 
     print(_write(_folder(options.manifest), Manifest.read(options.manifest)))

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from email.message import Message
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from anomalib_metarefine.cli import doctor, main
+from anomalib_metarefine.features import offline
 
 
 def states(findings):
@@ -23,6 +25,10 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch, capsys):
 
 
 def test_an_extra_that_is_not_installed_is_no_fault(monkeypatch):
+    package = Message()
+    package["Provides-Extra"] = "parquet"
+    package["Provides-Extra"] = "dev"
+    monkeypatch.setattr(metadata, "metadata", lambda _: package)
     monkeypatch.setattr(metadata, "requires", lambda _: ["numpy>=1", 'no-such-package; extra == "parquet"'])
     [found] = doctor._extras()
     assert found.state == "note"
@@ -73,7 +79,7 @@ class TestPlugin:
 
 
 def test_no_offline_weights(monkeypatch):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(offline, "is_installed", lambda _: False)
     assert states(doctor._backbones())[0] == "FAIL"
 
 
