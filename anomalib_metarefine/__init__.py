@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.features.offline import use_offline_weights
     from anomalib_metarefine.model.lightning_model import MetaRefine
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "ELPV",
     "Contaminated",

@@ -37,16 +37,6 @@ def fails(capsys, *arguments, message):
     assert message in error
 
 
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; from anomalib_metarefine.cli import main\ntry: main(['curate', '--help'])\nexcept SystemExit: pass"
-    )
-    code += "\nprint([m for m in ('torch', 'anomalib', 'pandas', 'numpy', 'rich') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")
-    assert "--fail-above SHARE" in done.stdout
-
-
 def test_demo_gets_its_settings(monkeypatch, tmp_path):
     asked = []
     fake = SimpleNamespace(DemoSettings=lambda **settings: settings, run_demo=asked.append)
@@ -75,7 +65,7 @@ class TestCurate:
     def test_passes_on_what_was_asked(self, asked, root, tmp_path, capsys):
         arguments = ["curate", str(root), "--out", str(tmp_path / "out")]
         assert main(arguments) == 0
-        defaults = {"root": None, "backbone": "tf_efficientnet_lite0", "image_size": None, "rule": "auto", "rounds": 4}
+        defaults = {"root": None, "backbone": "tf_efficientnet_lite0", "image_size": None}
         defaults |= {"seed": 0, "batch_size": 32, "decisions": [tmp_path / "out"], "quality": True}
         defaults["bit_depth"] = None
         assert asked == [(str(root), defaults)]
@@ -103,6 +93,15 @@ class TestCurate:
         [line] = (tmp_path / "out" / "decisions.csv").read_text().splitlines()[1:]
         assert line.startswith("right/4.png,")
         assert ",keep," in line
+
+    def test_takes_every_setting(self, asked, root, tmp_path, capsys):
+        arguments = ["curate", root, "--out", tmp_path / "out", "--settings", "shrinkage=0.1", "rounds=3"]
+        assert main([str(argument) for argument in [*arguments, "--rounds", "2", "--rule", "iqr"]]) == 0
+        found = {name: asked[0][1].get(name) for name in ("shrinkage", "rounds", "rule")}
+        assert found == {"shrinkage": 0.1, "rounds": 2, "rule": "iqr"}
+        fails(capsys, *arguments, "--rounds", "some", message="rounds must be a whole number of at least 0")
+        fails(capsys, *arguments[:-2], "tail=2", message="tail must be a number in (0, 1], found 2")
+        assert len(asked) == 1
 
     def test_a_missing_file_of_decisions_costs_no_minutes(self, asked, root, tmp_path, capsys):
         fails(

@@ -37,7 +37,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there are any, once: the line of a setting holds its own."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default is None or action.default == [] or isinstance(action.default, bool)
+        told = "default:" in (action.help or "")
+        plain = told or action.default is None or action.default == [] or isinstance(action.default, bool)
         return action.help if plain else super()._get_help_string(action)
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
 
+MANIFEST = "manifest.csv of a curation, or its folder"
+
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -33,10 +35,13 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.mvtec:
+        require(options.mvtec, "a category folder in MVTec layout")
     from anomalib_metarefine.demo import DemoSettings, run_demo
 
-    settings = {name: value for name, value in vars(options).items() if name != "command"}
-    run_demo(DemoSettings(**{**settings, "image_size": tuple(options.image_size)}))
+    names = ["out", "cell_type", "mvtec", "contamination", "train_images", "seeds", "training", "rule"]
+    settings = {name: getattr(options, name) for name in names}
+    run_demo(DemoSettings(**settings, image_size=tuple(options.image_size)))
     return 0
 
 
@@ -167,9 +172,10 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _apply(options: argparse.Namespace) -> int:
+    require(options.manifest, MANIFEST)
     from anomalib_metarefine.curation.manifest import Manifest
 
-    manifest = Manifest.read(options.manifest, options.root)  # before heavy imports: it may not be there
+    manifest = Manifest.read(options.manifest, options.root)
     from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
 
     evidence = _evidence(_folder(options.manifest)) if options.mode == "repair" else None
@@ -189,6 +195,8 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _diff(options: argparse.Namespace) -> int:
+    require(options.before, MANIFEST)
+    require(options.after, MANIFEST)
     from anomalib_metarefine.curation.diff import diff
     from anomalib_metarefine.curation.manifest import Manifest
 
@@ -205,6 +213,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    require(options.manifest, MANIFEST)
     from anomalib_metarefine.curation.manifest import Manifest
 
     print(_write(_folder(options.manifest), Manifest.read(options.manifest)))

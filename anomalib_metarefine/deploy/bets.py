@@ -53,7 +53,7 @@ class Bets:
                         rows += [(quantiles[level], upward, odds, with_defects, weight) for odds in _ODDS]
         return cls(*(np.array(column) for column in zip(*rows, strict=True)))
 
-    def past(self, scores: np.ndarray) -> np.ndarray:
+    def past(self, scores: np.ndarray | float) -> np.ndarray:
         """``[... x K]`` of bool for scores ``[...]``. A score at the quantile is not past it."""
         scores = np.asarray(scores)[..., None]
         return np.where(self.upward, scores, -scores) > np.where(self.upward, self.quantile, -self.quantile)

@@ -136,7 +136,7 @@ class Detector:
             msg = f"{self.folder / SIDECAR} must hold numbers in image_score, found {score}. Export the model again."
             raise ValueError(msg)
         self.threshold: float | None = score["threshold"] if known else None
-        self.calibration: dict[str, Any] | None = self.sidecar.calibration if known else None
+        self.calibration: dict[str, Any] | None = self.sidecar.calibration if self.sidecar and known else None
         band = (self.calibration or {}).get("uncertain")
         self.uncertain = (float(band["lower"]), float(band["upper"])) if band else None
 
@@ -176,7 +176,8 @@ class Detector:
         Raises:
             ValueError: As `predict`.
         """
-        queue, future = self._network(image).queue, Future()
+        queue = self._network(image).queue
+        future: Future[Prediction] = Future()
         start = time.perf_counter()
 
         def answer(request: ov.InferRequest) -> None:
@@ -206,11 +207,12 @@ class Detector:
         """
         if raw_score is None or self.threshold is None:
             return "anomalous" if anomalous else "normal"
-        moved = 0.0 if threshold is None else threshold - self.threshold
+        limit = self.threshold if threshold is None else threshold
+        moved = limit - self.threshold
         if self.uncertain and self.uncertain[0] + moved <= raw_score <= self.uncertain[1] + moved:
             return "uncertain"
         if moved:
-            anomalous = raw_score > threshold
+            anomalous = raw_score > limit
         return "anomalous" if anomalous else "normal"
 
     def _prediction(self, request: ov.InferRequest, anomaly_map: bool, latency: float) -> Prediction:
@@ -219,7 +221,7 @@ class Detector:
             msg = f"The model gave the score {score}: it was exported before it was trained, or its files are damaged."
             raise ValueError(msg)
         anomalous = bool(request.get_tensor("pred_label").data.reshape(-1)[0])
-        raw = self.sidecar.raw_score(score) if self.threshold is not None else None
+        raw = self.sidecar.raw_score(score) if self.sidecar and self.threshold is not None else None
         scores = request.get_tensor("anomaly_map").data if anomaly_map else None
         scores = scores.reshape(scores.shape[-2:]).copy() if scores is not None else None
         return Prediction(score, raw, anomalous, self.decide(anomalous, raw), scores, latency)

@@ -336,7 +336,7 @@ class DynamicThreshold:
 
     def update(self, state: DriftState) -> ThresholdMove | None:
         """What the latest state of the monitor does to the threshold; ``None`` if nothing."""
-        if not state.drifted:
+        if not state.drifted or state.since is None:
             wanted, reason = self.calibrated, "drift has ended, back to the calibrated threshold"
             limited = False
         else:

@@ -34,17 +34,19 @@ class Monitor:
         self, detector: Detector, drift: dict[str, Any] | None = None, limits: tuple[float, float] | None = None
     ) -> None:
         calibration = detector.calibration if drift is not None else None
-        self._drift = DriftMonitor.from_calibration(calibration, **drift) if calibration else None
-        self._fixed, self._moving = detector.threshold, None
+        settings = drift or {}
+        self._drift = DriftMonitor.from_calibration(calibration, **settings) if calibration else None
+        self._fixed = detector.threshold
+        self._moving: DynamicThreshold | None = None
         self.drifted: bool | None = False if self._drift else None
         if limits is not None:
-            if self._drift is None:
+            if self._drift is None or calibration is None or detector.threshold is None:
                 msg = (
                     "The threshold moves with the drift monitor. It needs a model with a calibration in metadata.json, "
                 )
                 msg += "and must not be switched off."
                 raise ValueError(msg)
-            window = {key: value for key, value in drift.items() if key == "window"}
+            window = {key: value for key, value in settings.items() if key == "window"}
             self._moving = DynamicThreshold(detector.threshold, limits, calibration["quantiles"], **window)
 
     @property
@@ -103,7 +105,9 @@ class Recovery:
 
     def __init__(self, run: dict[str, Any]) -> None:
         self._run, self._same = run, False
-        self._forget()
+        self._state: dict[str, Any] | None = None
+        self._scores: list[float] = []
+        self._events = 0
 
     def take(self, record: dict[str, Any]) -> None:
         """Go through a record."""
@@ -135,6 +139,6 @@ class Recovery:
         return events[self._events :]
 
     def _forget(self) -> None:
-        self._state: dict[str, Any] | None = None
-        self._scores: list[float] = []
+        self._state = None
+        self._scores = []
         self._events = 0

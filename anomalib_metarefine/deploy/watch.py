@@ -17,7 +17,7 @@ from rich.text import Text
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.deploy.arrivals import Arrival, Folder, Lines, Rules, Seen
-from anomalib_metarefine.deploy.detector import DECISIONS, Detector
+from anomalib_metarefine.deploy.detector import DECISIONS, Detector, Prediction
 from anomalib_metarefine.deploy.journal import Journal, Printer, Results
 from anomalib_metarefine.deploy.monitor import Monitor, Recovery
 from anomalib_metarefine.deploy.overlay import write_overlay
@@ -233,6 +233,7 @@ class _Watch:
             self._note(job)
             return
         prediction, threshold = job.prediction, self._monitor.threshold
+        assert prediction is not None, "a job that has ended without an error has one"
         decision = self._detector.decide(prediction.anomalous, prediction.raw_score, threshold)
         line = {
             **_about(job),
@@ -242,7 +243,7 @@ class _Watch:
             "decision": decision,
             "latency_ms": round(1e3 * prediction.latency_s, 3),
         }
-        heatmap = self._heatmap(job, decision)
+        heatmap = self._heatmap(job, prediction, decision)
         events = [{**event, "time": now()} for event in self._monitor.update(prediction.raw_score)]
         line |= {"drift": self._monitor.drifted, "time": now()} | ({"heatmap": heatmap} if heatmap else {})
         self._since_state += self._monitor.drifted is not None
@@ -258,13 +259,15 @@ class _Watch:
         self._seen.add(job.arrival)
         self._done += 1
 
-    def _heatmap(self, job: Job, decision: str) -> str | None:
+    def _heatmap(self, job: Job, prediction: Prediction, decision: str) -> str | None:
         folder = self._settings.heatmaps
         if folder is None or (self._settings.heatmaps_of == "anomalous" and decision == "normal"):
             return None
-        file = folder / f"{Path(job.arrival.path).stem}-{job.sha256[:12]}.png"
+        if job.image is None or prediction.anomaly_map is None:  # no map was asked for
+            return None
+        file = folder / f"{Path(job.arrival.path).stem}-{str(job.sha256)[:12]}.png"
         try:
-            write_overlay(file, job.image, job.prediction.anomaly_map)
+            write_overlay(file, job.image, prediction.anomaly_map)
         except OSError as error:  # the decision matters more
             self._say(f"Warning: no heat map: {error}")
             return None

@@ -29,7 +29,7 @@ def bits_per_channel(image: Image.Image, content: bytes) -> int:
     if content.startswith(_PNG):
         return content[24]
     if image.format == "TIFF":
-        tags = image.tag_v2
+        tags = image.tag_v2  # type: ignore[attr-defined]  # every TIFF of Pillow has it
         bits = max(tags.get(_BITS, (1,)))
         signed = {1, *tags.get(_SAMPLE_FORMAT, (1,))} - {1}
         if bits > 8 and tags.get(_PHOTOMETRIC) not in (1, 2):

@@ -141,14 +141,14 @@ def judge(paths: Sequence[str | Path], names: Sequence[str], images: Sequence[De
     exact = first_of_exact_copies([images[row].sha256 for row in readable])
     single = np.flatnonzero((exact == np.arange(len(readable))) & ~blank)
     near = first_of_near_copies(thumbnails[np.array(readable, dtype=int)[single]])
-    for position, first in enumerate(exact):
+    for position, first in enumerate(exact.tolist()):
         if first != position:
             findings[readable[position]].append(f"exact duplicate of {names[readable[first]]}")
-    for position, first in zip(single, single[near], strict=True):
+    for position, first in zip(single.tolist(), single[near].tolist(), strict=True):
         if first != position:
             findings[readable[position]].append(f"near duplicate of {names[readable[first]]}")
     for kind, flags in _photographic([images[row] for row in readable], blank).items():
-        for position in np.flatnonzero(flags):
+        for position in np.flatnonzero(flags).tolist():
             findings[readable[position]].append(kind)
     some_lie_upright = any(not images[row].turned for row in readable)
     for row in readable:
@@ -253,7 +253,7 @@ def _blank(images: list[Descriptor], thumbnails: np.ndarray) -> np.ndarray:
     """Flat to within rounding, or without any structure past noise where the folder's other images have some."""
     if not images:
         return np.zeros(0, bool)
-    flat = np.array([image.levels[3] < 0.5 for image in images])
+    flat = np.array([image.levels is not None and image.levels[3] < 0.5 for image in images])
     structure = thumbnails.std(axis=(1, 2))
     if len(images) >= _ENOUGH_FOR_MEDIAN:
         flat |= (structure < 2) & (structure < np.median(structure) / 8)

@@ -31,12 +31,12 @@ from PIL import ExifTags, Image
 from anomalib_metarefine.images.deep import SIXTEEN_BITS, TIFF, RefusedError, bits_per_channel, decode_deep, rgb_levels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of image files, in any case
 LARGEST_FILE = 2**30  # bytes
 
-_UPRIGHT = {  # by EXIF orientation
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
     4: lambda image: image[::-1],

@@ -161,7 +161,7 @@ def absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100  (`resolve` follows links)
 
 
-def listing(items: Sequence[str], limit: int = 5) -> str:
+def listing(items: Sequence[object], limit: int = 5) -> str:
     """The first few of a list, for a message.
 
     Example:

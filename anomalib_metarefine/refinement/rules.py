@@ -201,7 +201,7 @@ class CountFence:
         return _highest(scales.scores, min(self.count, len(scales.scores) - 1))
 
 
-RULES: dict[str, type[Rule]] = {
+RULES: dict[str, type[Any]] = {
     "auto": FalseDiscoveryRate,
     "count": CountFence,
     "iqr": TukeyFence,

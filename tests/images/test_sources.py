@@ -199,6 +199,17 @@ class TestDatamodule:
         assert len(set_up_without_validation(theirs).train_data) == 24
         assert len(theirs.train_data) == 12
 
+    def test_a_datamodule_in_a_datamodule_as_anomalib_train_reads_it(self, parts, tmp_path):
+        inner = {"class_path": "Folder", "init_args": {"name": "x", "root": str(parts), "normal_dir": "."}}
+        config = {
+            "class_path": "anomalib_metarefine.Contaminated",
+            "init_args": {"datamodule": inner, "contamination": 0.2, "protocol": "add", "defects": "rotation"},
+        }
+        (tmp_path / "dirty.yaml").write_text(yaml.safe_dump(config))
+        found = load_datamodule(tmp_path / "dirty.yaml")
+        assert type(found).__name__ == "Contaminated"
+        assert found.contamination == 0.2
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -207,7 +218,7 @@ class TestDatamodule:
             ("data: Folder", "describes no datamodule"),
             ("class_path: Nonsense", "anomalib knows no datamodule Nonsense"),
             ("class_path: 3", "describes no datamodule"),
-            ("class_path: Folder", "Folder can't be made with these settings .*missing"),
+            ("class_path: Folder", "(?s)Folder can't be made with these settings .*normal_dir"),
         ],
     )
     def test_says_what_is_wrong_with_a_config(self, tmp_path, text, message):
