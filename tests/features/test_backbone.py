@@ -1,3 +1,4 @@
+import openvino
 import pytest
 import timm
 import torch
@@ -116,6 +117,21 @@ def test_size_is_rounded_up_to_what_the_patches_divide_and_said_once(caplog):
         assert fitting_size("vit_small_patch14_dinov2", (256, 224)) == (266, 224)
     assert caplog.text.count("resized to 266 x 224 pixels (height x width) instead of 256 x 224") == 1
     assert fitting_size("resnet18", (250, 131)) == (250, 131)
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 192), (320, 64)])
+def test_positions_of_patches_are_timms_and_export_as_they_are(tmp_path, height, width):
+    torch.manual_seed(0)
+    backbone, image = Backbone("test_vit4", pre_trained=False), torch.rand(1, 3, height, width)
+    backbone.net.model.pos_embed.data.normal_()
+    expected = backbone.net(image)
+    for features, theirs in zip(backbone(image), expected, strict=True):
+        torch.testing.assert_close(features, theirs, rtol=1e-4, atol=1e-4)
+    torch.onnx.export(backbone, (image,), tmp_path / "backbone.onnx", dynamo=True, opset_version=18, verbose=False)
+    graph = openvino.Core().compile_model(tmp_path / "backbone.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    answer = graph(image.numpy())
+    for index, theirs in enumerate(expected):
+        torch.testing.assert_close(torch.tensor(answer[index]), theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_maps_other_than_promised_are_refused():
