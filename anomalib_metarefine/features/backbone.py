@@ -18,6 +18,7 @@ from timm.layers import Format
 from torch import nn
 
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE, OFFLINE_PACKAGES, is_installed, offline_state_dict
+from anomalib_metarefine.features.resize import ExactPositions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -154,7 +155,8 @@ def _refusal(name: str, size: tuple[int, int]) -> str | None:
 
 def _read(name: str, net: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """Maps as ``[B x C x H x W]``, whichever way round the network has them."""
-    maps = net(images)
+    with ExactPositions():
+        maps = net(images)
     if getattr(net, "output_fmt", None) == Format.NHWC:
         maps = [one.permute(0, 3, 1, 2) for one in maps]
     info = net.feature_info
