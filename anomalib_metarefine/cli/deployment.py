@@ -12,7 +12,6 @@ from anomalib_metarefine.cli.command import SHOWN, Command, command_line, requir
 from anomalib_metarefine.deploy import command as watching
 
 _CHECKPOINT, _IMAGES = "a checkpoint of a trained model", "a folder of images, or a CSV or Parquet table of paths"
-_EXPORTED = "the folder of an exported model"
 _MODEL_HELP = "class in anomalib.models; default: the one that the checkpoint names, as those of MetaRefine do"
 
 
@@ -110,7 +109,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    require(options.folder, _EXPORTED)
+    require(options.folder, "the folder of an exported model")
     require(options.ckpt, "the checkpoint that the model was exported from")
     require(options.data, _IMAGES)
     if options.out:

@@ -30,7 +30,7 @@ class Source:
         root (Path): Absolute folder that all images lie under.
         paths (list[Path]): Absolute paths, sorted, each once. Symbolic links are not resolved.
         name (str): What to call the data set.
-        datamodule (AnomalibDataModule | None): The datamodule that the images are the training set of.
+        datamodule (AnomalibDataModule | None): A copy of the datamodule that the images are the training set of.
     """
 
     root: Path
@@ -235,10 +235,11 @@ def _from_datamodule(data: AnomalibDataModule, root: str | Path | None) -> Sourc
     if not isinstance(data, AnomalibDataModule):
         msg = f"Can't take images from a {type(data).__name__}. Expected a path, paths or an anomalib datamodule."
         raise ValueError(msg)
-    samples = set_up_without_validation(data).train_data.samples
+    whole = set_up_without_validation(data)  # kept: images that it makes live as long as it does
+    samples = whole.train_data.samples
     name = " ".join(part for part in (data.name, data.category) if part)
     source = _source([Path(path) for path in samples.image_path], root, name, f"the training set of {name}")
-    return Source(source.root, source.paths, name, data)
+    return Source(source.root, source.paths, name, whole)
 
 
 def _source(paths: list[Path], root: str | Path | None, name: str, origin: str, hint: str = "") -> Source:

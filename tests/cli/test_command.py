@@ -85,8 +85,6 @@ def test_a_wrong_command_line_is_told_like_any_other_input(arguments, capsys):
         "verify HERE --ckpt NO --data HERE",
         "verify HERE --ckpt HERE --data NO",
         "verify HERE --ckpt HERE --data HERE --out NO/x.json",
-        "watch NO HERE --out x",
-        "watch HERE NO --out x",
         "convert NO --to x",
         "bench NO",
         "bench-report NO --out x",

@@ -174,7 +174,7 @@ class TestDatamodule:
         source = read_source(theirs)
         assert (len(source.paths), source.root) == (24, parts / "train" / "good")
         assert (source.names[0], source.name) == ("000.png", "parts")
-        assert source.datamodule is theirs
+        assert type(source.datamodule) is type(theirs)
         assert not hasattr(theirs, "train_data")
         assert read_source(theirs, root=parts).names[0] == "train/good/000.png"
 
@@ -209,6 +209,8 @@ class TestDatamodule:
         found = load_datamodule(tmp_path / "dirty.yaml")
         assert type(found).__name__ == "Contaminated"
         assert found.contamination == 0.2
+        source = read_source(tmp_path / "dirty.yaml")
+        assert all(path.is_file() for path in source.paths)  # the made-up ones, too, lie there
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -218,7 +220,7 @@ class TestDatamodule:
             ("data: Folder", "describes no datamodule"),
             ("class_path: Nonsense", "anomalib knows no datamodule Nonsense"),
             ("class_path: 3", "describes no datamodule"),
-            ("class_path: Folder", "(?s)Folder can't be made with these settings .*normal_dir"),
+            ("class_path: Folder", "(?s)Folder can't be made with these settings .*is required"),
         ],
     )
     def test_says_what_is_wrong_with_a_config(self, tmp_path, text, message):
