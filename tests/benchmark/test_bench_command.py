@@ -94,4 +94,4 @@ def test_report_of_a_result_file(tmp_path, capsys):
     assert "README.md" in capsys.readouterr().out
     assert "PaDiM, small" in (tmp_path / "report" / "README.md").read_text()
     assert main(["bench-report", str(tmp_path / "none.csv"), "--out", str(tmp_path / "report")]) == 2
-    assert "no result file" in capsys.readouterr().err
+    assert "Expected a result file" in capsys.readouterr().err
