@@ -41,15 +41,16 @@ def exported(preset: str, folder: Path) -> tuple[Backbone, torch.Tensor, Path]:
     backbone = Backbone(settings["backbone"], settings.get("layers"), pre_trained=False)
     image = torch.rand(1, 3, *fitting_size(settings["backbone"], tuple(settings.get("image_size") or (256, 256))))
     path = folder / f"{preset}.xml"
-    graph = ov.convert_model(backbone, example_input=image, input=[tuple(image.shape)])
-    ov.save_model(graph, path, compress_to_fp16=False)
+    onnx = path.with_suffix(".onnx")  # the way `MetaRefine` exports; a traced graph loses the exact filter of positions
+    torch.onnx.export(backbone, (image,), onnx, dynamo=True, opset_version=18, verbose=False)
+    ov.save_model(ov.convert_model(onnx), path, compress_to_fp16=False)
     return backbone, image, path
 
 
 def main() -> None:
     """Print the table."""
     rows, calls = [], {}
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for preset in PRESETS:
             backbone, image, path = exported(preset, Path(folder))
             memory = subprocess.run(
