@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -15,31 +15,29 @@ if TYPE_CHECKING:
 
     from anomalib.data import AnomalibDataModule, Tabular
 
-    from anomalib_metarefine.curation.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 
 def curated_datamodule(
-    manifest: Manifest,
+    rows: pd.DataFrame,
+    root: Path,
     test: AnomalibDataModule | str | Path | None = None,
-    review: Literal["keep", "reject"] = "keep",
     repaired: str | Path | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> Tabular:
-    """See `Manifest.datamodule`."""
+    """See `Manifest.datamodule`.
+
+    Args:
+        rows (pd.DataFrame): Of the manifest's table: the images to train on.
+        root (Path): That their paths are relative to.
+        test (AnomalibDataModule | str | Path | None): Whose test set to use.
+        repaired (str | Path | None): Folder that `apply` wrote.
+        **settings (Any): Settings of `anomalib.data.Tabular`.
+    """
     from anomalib.data import Tabular
 
-    if review not in ("keep", "reject"):
-        msg = f"review must be 'keep' or 'reject', found {review!r}."
-        raise ValueError(msg)
-    used = ["keep", "review"] if review == "keep" else ["keep"]
-    rows = manifest.table[manifest.table.decision.isin(used)]
-    if rows.empty:
-        msg = f"There is nothing to train on: {manifest.counts} with review={review!r}."
-        raise ValueError(msg)
-    manifest.require_unchanged(used)
-    images = manifest.paths(rows) if repaired is None else _copies(rows, Path(repaired))
+    images = [root / path for path in rows.image_path] if repaired is None else _copies(rows, Path(repaired))
     samples = _samples(images, split="train")
     found: dict[str, Any] = {"test_split_mode": "none", "val_split_mode": "none"}
     if test is not None:
@@ -48,7 +46,7 @@ def curated_datamodule(
         if both:
             logger.warning("%d test images are training images too: %s.", len(both), listing(sorted(both)))
         samples = pd.concat([samples, held_out], ignore_index=True)
-    return Tabular(**{"name": manifest.root.name or "curated", "samples": samples, **found, **settings})
+    return Tabular(**{"name": root.name or "curated", "samples": samples, **found, **settings})
 
 
 def _copies(rows: pd.DataFrame, folder: Path) -> list[Path]:

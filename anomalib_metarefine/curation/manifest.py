@@ -216,7 +216,16 @@ class Manifest:
         """
         from anomalib_metarefine.curation.datamodule import curated_datamodule
 
-        return curated_datamodule(self, test, review, repaired, **settings)
+        if review not in ("keep", "reject"):
+            msg = f"review must be 'keep' or 'reject', found {review!r}."
+            raise ValueError(msg)
+        used = ["keep", "review"] if review == "keep" else ["keep"]
+        rows = self.table[self.table.decision.isin(used)]
+        if rows.empty:
+            msg = f"There is nothing to train on: {self.counts} with review={review!r}."
+            raise ValueError(msg)
+        self.require_unchanged(used)
+        return curated_datamodule(rows, self.root, test, repaired, **settings)
 
 
 def file_sha256(path: str | Path) -> str:

@@ -145,7 +145,7 @@ class Detector:
         """SHA-256 over the model's files and its metadata: another one is another detector."""
         files = sorted({self.file, self.file.with_suffix(".bin"), self.folder / SIDECAR})
         content = {file.name: file_hash(file) for file in files if file.is_file()}
-        content["bit_depth"] = self.bit_depth  # the same file has other pixels with another
+        content["bit_depth"] = str(self.bit_depth)  # the same file has other pixels with another
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def predict(self, image: np.ndarray, anomaly_map: bool = False) -> Prediction:

@@ -44,6 +44,7 @@ from anomalib_metarefine.model.torch_model import MetaRefineModel
 from anomalib_metarefine.model.training_images import TrainingImages, give_resize_to, warn_if_squashed
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import refine_images
+from anomalib_metarefine.refinement.fitting import image_scores
 from anomalib_metarefine.refinement.rounds import Refinement
 from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.settings import Settings, setting_names, settings_docstring
@@ -244,7 +245,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.model.to(self.device)
         left_out = result.refinement.left_out | self._images.unreadable
         self.refinement = replace(result.refinement, left_out=left_out)
-        self.left_out_scores = result.parts["likelihood"].tolist()
+        self.left_out_scores = image_scores(result.maps, self.settings.tail).tolist()
         self._know_images()
         self.provenance = {"seed": seed, **data_hashes(self.refinement, self.training_images)}
         self._set_first_thresholds()

@@ -32,8 +32,8 @@ def make_manifest(root: Path, decisions: dict[str, str], **columns) -> Manifest:
             "reason": "The tail of the patch scores, mostly.",
             "score": np.linspace(0, 5, count),
             "fence_distance": np.linspace(-3, 2, count),
-            "dirty_probability": np.linspace(0, 1, count),
-            "uncertainty": 0.1,
+            "q_value": np.linspace(1, 0, count),
+            "variant": 0,
             "score_tail": 1 / 3,
             "score_round_1": 0.1 + 0.2,
             "quality": "",
@@ -99,7 +99,7 @@ def test_columns_are_put_in_order(manifest):
     shuffled = table.sample(frac=1, random_state=0)[sorted(table.columns, reverse=True)]
     assert Manifest(shuffled, manifest.run).table.columns.tolist() == [
         *["image_path", "sha256", "decision", "decided_by", "round", "reason"],
-        *["score", "fence_distance", "dirty_probability", "uncertainty", "score_tail"],
+        *["score", "fence_distance", "q_value", "variant", "score_tail"],
         *["score_round_1", "score_round_2", "score_round_10", "quality"],
     ]
     assert Manifest(shuffled, manifest.run).table.image_path.tolist() == list(DECISIONS)
@@ -130,7 +130,7 @@ def test_a_failed_write_leaves_the_old_manifest(manifest, tmp_path, monkeypatch)
         ({"image_path": [f"/tmp/{i}" for i in range(6)]}, "relative to the root, inside of it"),
         ({"image_path": [f"./{i}" for i in range(6)]}, "without `./`; found ./0"),
         ({"image_path": [f"a//{i}" for i in range(6)]}, "without `./`; found a//0"),
-        ({"dirty_probability": 1.5}, r"dirty_probability must lie in \[0, 1\]; found 1.5"),
+        ({"q_value": 1.5}, r"q_value must lie in \[0, 1\]; found 1.5"),
         ({"score": "high"}, "score must be a number"),
         ({"round": 0.5}, "round must be a whole number, found 0.5"),
         ({"round": np.nan}, "round must be a whole number"),
@@ -160,8 +160,8 @@ def test_says_what_is_wrong_with_the_files(manifest, tmp_path):
         ({"schema": ["x"]}, r"has schema \['x'\]"),
         ({"root": 3}, "run\\['root'\\] must be of type str, found 3"),
         ({"root": "here"}, "must be the absolute folder of the images, found 'here'"),
-        ({"contamination": [0.1]}, "must have numbers estimate, low, high, level, found \\[0.1\\]"),
-        ({"contamination": {"estimate": "high"}}, "must have numbers estimate"),
+        ({"structure": [0.1]}, "must be of type dict"),
+        ({"answers": "two"}, "must be of type int"),
         ({"rounds": [{"number": 1, "fence": "high"}]}, "as entry 1"),
         ({"rounds": [7]}, "found 7 as entry 1"),
     ]:
@@ -214,9 +214,7 @@ def test_orders_by_what_a_person_looks_at_first(files):
     manifest = make_manifest(
         files,
         dict(zip(DECISIONS, ["reject", "reject", "reject", "review", "review", "review"], strict=True)),
-        score=[1.0, np.nan, 2.0, 0, 0, 0],
-        dirty_probability=[0.9, 0.9, 0.9, 0.2, 0.6, 0.4],
-        uncertainty=[0, 0, 0, 9.0, 1.0, 2.0],
+        score=[1.0, np.nan, 2.0, 0.2, 0.4, 0.9],
     )
     assert [path.name for path in manifest.rejected] == ["2.png", "0.png", "1.png"]
     assert [path.name for path in manifest.review] == ["5.png", "4.png", "3.png"]
@@ -225,15 +223,13 @@ def test_orders_by_what_a_person_looks_at_first(files):
 
 
 def test_verdict(manifest):
-    assert manifest.verdict == "2 of 6 images (33.3 %) were rejected, 2 need your eyes."
-    manifest.run["contamination"] = {"estimate": 0.08, "low": 0.05, "high": 0.125, "level": 0.9, "visible_split": False}
-    assert manifest.verdict.endswith(
-        "Estimated share of dirty images: 8 % (90 % interval 5 to 12.5 %). "
-        "The scores show no visible split between clean and dirty images."
-    )
+    assert manifest.headline == "2 of 6 images (33.3 %) were rejected, 2 need your eyes."
+    manifest.run["structure"] = {"text": "One aligned product."}
+    assert manifest.verdict.startswith(f"{manifest.headline} One aligned product. Look at the 6 highest scores first")
+    assert manifest.verdict.endswith("can't be said before somebody has looked.")
     assert manifest.verdict in repr(manifest)
-    manifest.run["contamination"]["answers"] = 1
-    assert "share of dirty images, with your 1 answer: 8 %" in manifest.verdict
+    manifest.table.loc[[0, 3], "decided_by"] = "user"
+    assert manifest.verdict.endswith("A person has looked at 2, and found 1 dirty.")
 
 
 def test_verify_reads_the_bytes(manifest, files):

@@ -5,8 +5,6 @@ import pytest
 from studies.detection import main
 from tests.conftest import part
 
-pytestmark = pytest.mark.usefixtures("short_chains")
-
 
 @pytest.fixture
 def many_parts(parts):
