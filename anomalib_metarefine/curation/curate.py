@@ -18,11 +18,12 @@ import pandas as pd
 
 from anomalib_metarefine.curation.decisions import load, read
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
-from anomalib_metarefine.curation.manifest import Manifest, data_sha256
+from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.report import write_report
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
+from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.images.quality import ImageFacts
 from anomalib_metarefine.images.sources import EXTENSIONS, listing
 from anomalib_metarefine.progress import progress_bars

@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from anomalib_metarefine.images.sources import absolute, listing, load_datamodule, set_up_without_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from anomalib.data import AnomalibDataModule, Tabular
-
-    from anomalib_metarefine.curation.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 
 def curated_datamodule(
-    manifest: Manifest,
+    images: Sequence[Path],
     test: AnomalibDataModule | str | Path | None = None,
-    review: Literal["keep", "reject"] = "keep",
-    repaired: str | Path | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> Tabular:
-    """See `Manifest.datamodule`."""
+    """A datamodule that trains on some images, and tests on what another one tests on.
+
+    Args:
+        images (Sequence[Path]): To train on.
+        test (AnomalibDataModule | str | Path | None): See `Manifest.datamodule`.
+        **settings (Any): Settings of `anomalib.data.Tabular`, with its ``name``; they win.
+
+    Raises:
+        ValueError: If the test set is synthetic.
+    """
     from anomalib.data import Tabular
 
-    if review not in ("keep", "reject"):
-        msg = f"review must be 'keep' or 'reject', found {review!r}."
-        raise ValueError(msg)
-    used = ["keep", "review"] if review == "keep" else ["keep"]
-    rows = manifest.table[manifest.table.decision.isin(used)]
-    if rows.empty:
-        msg = f"There is nothing to train on: {manifest.counts} with review={review!r}."
-        raise ValueError(msg)
-    manifest.require_unchanged(used)
-    images = manifest.paths(rows) if repaired is None else _copies(rows, Path(repaired))
     samples = _samples(images, split="train")
     found: dict[str, Any] = {"test_split_mode": "none", "val_split_mode": "none"}
     if test is not None:
@@ -48,10 +43,10 @@ def curated_datamodule(
         if both:
             logger.warning("%d test images are training images too: %s.", len(both), listing(sorted(both)))
         samples = pd.concat([samples, held_out], ignore_index=True)
-    return Tabular(**{"name": manifest.root.name or "curated", "samples": samples, **found, **settings})
+    return Tabular(**{"samples": samples, **found, **settings})
 
 
-def _copies(rows: pd.DataFrame, folder: Path) -> list[Path]:
+def copies(rows: pd.DataFrame, folder: Path) -> list[Path]:
     """Where `apply` put the images; those for review may lie with the kept ones."""
     found = []
     for row in rows.itertuples():

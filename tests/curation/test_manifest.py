@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from anomalib_metarefine.curation.manifest import Manifest, data_sha256, file_sha256
+from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.images.hashes import data_sha256, file_sha256
 
 
 def make_files(root: Path) -> Path:
