@@ -70,25 +70,14 @@ def folder(root: Path, **settings) -> Folder:
     )
 
 
-@pytest.fixture
-def short_chains(monkeypatch):
-    """A third of the Markov chain's steps, where something else is tested."""
-    from anomalib_metarefine.refinement import posterior as contamination
-
-    monkeypatch.setattr(contamination, "_STEPS", 300)
-    monkeypatch.setattr(contamination, "_WARM_UP", 150)
-    monkeypatch.setattr(contamination, "_THINNING", 5)
-
-
 @pytest.fixture(scope="module")
 def patches_of_few_images():
-    """Regions are rejected from one patch and from 8 images on, so that toys can be small."""
+    """Regions are left out from one patch and from 8 images on, so that toys can be small."""
     from anomalib_metarefine.curation import evidence
-    from anomalib_metarefine.refinement import engine as fitting
-    from anomalib_metarefine.refinement import patches
+    from anomalib_metarefine.refinement import engine, patches
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patches, "FEWEST_IMAGES", 8)
-        patch.setattr(fitting, "LEAST_REGION", 1)
+        patch.setattr(engine, "LEAST_REGION", 1)
         patch.setattr(evidence, "LEAST_REPAIRED", 1)
         yield

@@ -24,7 +24,7 @@ def root(tmp_path):
 @pytest.fixture
 def out(root, tmp_path):
     """The output folder of a curation."""
-    make_manifest(root, DECISIONS, dirty_probability=[0, 0, 0.4, 1, 0.5, 0.9]).write(tmp_path / "out")
+    make_manifest(root, DECISIONS, score=[0, 0.1, 0.4, 5, 0.5, 4]).write(tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -187,29 +187,11 @@ class TestReview:
         assert "3 of 6 images (50\u00a0%) were rejected" in (out / "report.html").read_text()
         assert read_run(out / "report.html")["counts"]["reject"] == 3
 
-    def test_asks_what_helps_most(self, out, tmp_path, capsys):
+    def test_asks_about_the_highest_scores(self, out, tmp_path, capsys):
         assert main(["review", str(out), "--budget", "3", "--out", str(tmp_path / "ask.csv")]) == 0
-        assert pd.read_csv(tmp_path / "ask.csv").image_path.tolist() == ["right/4.png", "left/2.png", "left/0.png"]
+        assert pd.read_csv(tmp_path / "ask.csv").image_path.tolist() == ["right/3.png", "right/5.png", "right/4.png"]
         assert not (out / "to_review.csv").exists()
         fails(capsys, "review", out, "--budget", "0", message="at least 1 image")
-
-    def test_asks_about_different_kinds_first(self, root, tmp_path):
-        out = tmp_path / "grouped"
-
-        def asked(probability, paths, groups, budget):
-            manifest = make_manifest(root, DECISIONS, dirty_probability=probability)
-            manifest.write(out, {"evidence.npz": make_evidence(paths, groups).save})
-            file = tmp_path / f"{budget}.csv"
-            assert main(["review", str(out), "--budget", str(budget), "--out", str(file)]) == 0
-            return pd.read_csv(file).image_path.tolist()
-
-        paths = ["right/4.png", "left/2.png", "right/5.png"]
-        # Gains 0.5, 0.4 / 2, less: one look at the kind does not make the other uninteresting here ...
-        expected = ["right/4.png", "left/2.png", "left/0.png"]
-        assert asked([0, 0, 0.4, 1, 0.5, 0.9], paths, [3, 3, -1], 3) == expected
-        # ... but here: 0.5, 0.3, 0.4 / 2.
-        paths[2] = "right/3.png"
-        assert asked([0.3, 0, 0.4, 1, 0.5, 0.7], paths, [3, 3, 3], 2) == ["right/4.png", "left/0.png"]
 
     def test_changes_nothing_when_a_decision_is_unknown(self, out, tmp_path, capsys):
         before = (out / "manifest.csv").read_bytes()

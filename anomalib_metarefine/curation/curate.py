@@ -128,9 +128,10 @@ def curate(
     chosen = Settings(**settings)
     get_rule(chosen.rule)
     with progress_bars(progress) as bars:
+        network = Backbone(backbone, layers)
         gathered = gather(
             data,
-            Backbone(backbone, layers),
+            network,
             backbone,
             bars,
             root=root,
@@ -171,6 +172,7 @@ def curate(
         "seed": seed,
         "settings": {
             "backbone": backbone,
+            "layers": list(network.layers),
             "image_size": list(gathered.image_size),
             "quality": quality,
             "bit_depth": bit_depth,

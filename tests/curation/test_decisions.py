@@ -1,9 +1,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pandas as pd
 import pytest
-from anomalib_metarefine.refinement.posterior import estimate_contamination
 
 from anomalib_metarefine.curation.decisions import Answer, append, decide, load, read, remember
 from anomalib_metarefine.curation.manifest import Manifest
@@ -129,30 +127,10 @@ class TestDecide:
             decide(broken, answers(_3="keep"))
         assert decide(broken, answers(_3="reject")).table.decided_by[3] == "user"
 
-    def test_estimates_the_contamination_anew(self, root):
-        rng = np.random.default_rng(0)
-        names = [f"{i:03d}.png" for i in range(60)]
-        for name in names:
-            (root / name).write_bytes(name.encode())
-        scores = [*rng.exponential(1, 59), np.nan]  # the last can't be read
-        manifest = make_manifest(root, dict.fromkeys(names, "keep"), score=scores)
-        manifest.run |= {"contamination": estimate_contamination(np.array(scores[:59])).summary(), "seed": 0}
-        highest = np.argsort(-np.array(scores))[:12]
-        decisions = pd.DataFrame({"sha256": "", "image_path": [names[i] for i in highest], "decision": "reject"})
-        decided = decide(manifest, decisions)
-        before, after = manifest.run["contamination"], decided.run["contamination"]
-        assert before["low"] < 0.1 < 12 / 60 <= after["low"]
-        assert decided.table.dirty_probability[highest].tolist() == [1] * 12
-        assert "with your 12 answers: " in decided.verdict
-        clean = decide(manifest, decisions.assign(decision="keep"))
-        assert clean.run["contamination"]["high"] < before["high"]
-        assert "contamination" not in decide(make_manifest(root, {"0.png": "keep"}), answers(_0="reject")).run
-        combined, resembling = rng.exponential(1, (2, 60))
-        scales = {"score_combined": combined, "score_resembling": resembling}
-        on_three = decide(Manifest(manifest.table.assign(**scales), manifest.run), decisions)
-        known = dict.fromkeys(highest.tolist(), False)
-        expected = estimate_contamination(np.array(scores[:59]), 0, known, [combined[:59], resembling[:59]]).summary()
-        assert on_three.run["contamination"] == expected != after
+    def test_the_verdict_tells_of_the_answers(self, manifest):
+        decided = decide(manifest, answers(_0="reject", _2="keep", _5="reject"))
+        assert "A person has looked at 3, and found 2 dirty." in decided.verdict
+        assert "can't be said before somebody has looked" in manifest.verdict
 
 
 class TestHistory:
