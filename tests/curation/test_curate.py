@@ -53,8 +53,9 @@ def test_finds_the_dirty_images_and_says_why(dirty):
     assert manifest.root == dirty
     assert manifest.run["structure"]["kind"] == "aligned"
     assert (manifest.run["answers"], manifest.run["data"]["images"]) == (0, 40)
-    # The evidence: the rejected first, worst on top, and a good image beside each.
-    assert evidence.paths[: len(rejected)] == rejected.sort_values("score", ascending=False).image_path.tolist()
+    # The evidence: what is not simply kept comes first, worst on top, with a good image beside each.
+    doubtful = table[table.decision != "keep"].sort_values("score", ascending=False)
+    assert evidence.paths[: len(doubtful)] == doubtful.image_path.tolist()
     assert all("good" in near for near in evidence.nearest)
     assert evidence.maps.shape[1:] == (6, 6)
     assert {p: p.stat().st_mtime_ns for p in dirty.rglob("*")} == before  # nothing of the user's was touched
@@ -163,7 +164,7 @@ def test_datamodules_and_bounded_memory(parts):
 def test_command_writes_everything(dirty, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["curate", str(dirty), "--out", str(out), "--image-size", "96", "96"]
-    arguments += ["--settings", "dimensions=32", "meta_steps=2"]
+    arguments += ["--rule", "share:0.1", "--settings", "dimensions=32", "meta_steps=2"]
     assert main([*arguments, "--fail-above", "0.05"]) == 1
     assert main(arguments) == 0
     assert "4 of 40 images (10 %) were rejected" in capsys.readouterr().out
