@@ -72,7 +72,7 @@ def folder(root: Path, **settings) -> Folder:
 
 @pytest.fixture(scope="module")
 def patches_of_few_images():
-    """Regions are rejected from one patch and from 8 images on, so that toys can be small."""
+    """Regions are left out from one patch and from 8 images on, so that toys can be small."""
     from anomalib_metarefine.curation import evidence
     from anomalib_metarefine.refinement import engine, patches
 

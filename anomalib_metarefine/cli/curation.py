@@ -114,7 +114,7 @@ def review_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
     add("--decisions", type=Path, metavar="CSV", help="image_path or sha256, and decision: keep or reject")
-    add("--budget", type=int, metavar="K", help="ask about the K images whose labels help most, not the review queue")
+    add("--budget", type=int, metavar="K", help="ask about the K images with the highest scores, not the review queue")
     add("--out", type=Path, metavar="CSV", help="the table to fill in; default: to_review.csv beside the manifest")
 
 

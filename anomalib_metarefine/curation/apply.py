@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import pandas as pd
 
-from anomalib_metarefine.curation.manifest import data_sha256
 from anomalib_metarefine.curation.repair import Repairer, encoded
+from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.images.sources import absolute, listing
 from anomalib_metarefine.images.tables import table_text
 from anomalib_metarefine.progress import track

@@ -18,11 +18,12 @@ import pandas as pd
 
 from anomalib_metarefine.curation.decisions import load, read
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
-from anomalib_metarefine.curation.manifest import Manifest, data_sha256
+from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.report import write_report
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
+from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.images.quality import ImageFacts
 from anomalib_metarefine.images.sources import EXTENSIONS, listing
 from anomalib_metarefine.progress import progress_bars
@@ -127,9 +128,10 @@ def curate(
     chosen = Settings(**settings)
     get_rule(chosen.rule)
     with progress_bars(progress) as bars:
+        network = Backbone(backbone, layers)
         gathered = gather(
             data,
-            Backbone(backbone, layers),
+            network,
             backbone,
             bars,
             root=root,
@@ -170,6 +172,7 @@ def curate(
         "seed": seed,
         "settings": {
             "backbone": backbone,
+            "layers": list(network.layers),
             "image_size": list(gathered.image_size),
             "quality": quality,
             "bit_depth": bit_depth,

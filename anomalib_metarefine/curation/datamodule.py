@@ -11,33 +11,30 @@ import pandas as pd
 from anomalib_metarefine.images.sources import absolute, listing, load_datamodule, set_up_without_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from anomalib.data import AnomalibDataModule, Tabular
-
 
 logger = logging.getLogger(__name__)
 
 
 def curated_datamodule(
-    rows: pd.DataFrame,
-    root: Path,
+    images: Sequence[Path],
     test: AnomalibDataModule | str | Path | None = None,
-    repaired: str | Path | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> Tabular:
-    """See `Manifest.datamodule`.
+    """A datamodule that trains on some images, and tests on what another one tests on.
 
     Args:
-        rows (pd.DataFrame): Of the manifest's table: the images to train on.
-        root (Path): That their paths are relative to.
-        test (AnomalibDataModule | str | Path | None): Whose test set to use.
-        repaired (str | Path | None): Folder that `apply` wrote.
-        **settings (Any): Settings of `anomalib.data.Tabular`.
+        images (Sequence[Path]): To train on.
+        test (AnomalibDataModule | str | Path | None): See `Manifest.datamodule`.
+        **settings (Any): Settings of `anomalib.data.Tabular`, with its ``name``; they win.
+
+    Raises:
+        ValueError: If the test set is synthetic.
     """
     from anomalib.data import Tabular
 
-    images = [root / path for path in rows.image_path] if repaired is None else _copies(rows, Path(repaired))
     samples = _samples(images, split="train")
     found: dict[str, Any] = {"test_split_mode": "none", "val_split_mode": "none"}
     if test is not None:
@@ -46,10 +43,10 @@ def curated_datamodule(
         if both:
             logger.warning("%d test images are training images too: %s.", len(both), listing(sorted(both)))
         samples = pd.concat([samples, held_out], ignore_index=True)
-    return Tabular(**{"name": root.name or "curated", "samples": samples, **found, **settings})
+    return Tabular(**{"samples": samples, **found, **settings})
 
 
-def _copies(rows: pd.DataFrame, folder: Path) -> list[Path]:
+def copies(rows: pd.DataFrame, folder: Path) -> list[Path]:
     """Where `apply` put the images; those for review may lie with the kept ones."""
     found = []
     for row in rows.itertuples():

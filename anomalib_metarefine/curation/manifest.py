@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
+from anomalib_metarefine.curation.datamodule import copies, curated_datamodule
 from anomalib_metarefine.curation.run_folder import MANIFEST_FILE, RUN_FILE, read_run, write_together
 from anomalib_metarefine.curation.schema import DECISIONS, SCHEMA, check_run, checked_table
+from anomalib_metarefine.images.hashes import file_sha256
 from anomalib_metarefine.images.sources import absolute, listing
 from anomalib_metarefine.images.tables import read_table, table_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from anomalib.data import AnomalibDataModule, Tabular
 
@@ -47,7 +48,7 @@ class Manifest:
             could not be read at all), ``decision`` (keep, reject, review), ``decided_by`` (rule, user, unreadable),
             ``round`` (in which a rejected image left for good; 0 for the others), ``reason``, ``score``,
             ``fence_distance``, ``q_value``, ``variant``, ``score_<part>``, ``score_round_<k>``,
-            ``quality``. Scores are in robust standard deviations of the kept images, the probability in [0, 1].
+            ``quality``. Scores are in robust standard deviations of the kept images, ``q_value`` in [0, 1].
             Further columns are kept as they are. Stored as a copy, sorted by ``image_path``, columns in this order.
         run (dict[str, Any]): What was run. ``root``, the absolute folder that ``image_path`` is relative to, is a must.
 
@@ -214,8 +215,6 @@ class Manifest:
                 synthetic.
             FileNotFoundError: If ``repaired`` has not all the images.
         """
-        from anomalib_metarefine.curation.datamodule import curated_datamodule
-
         if review not in ("keep", "reject"):
             msg = f"review must be 'keep' or 'reject', found {review!r}."
             raise ValueError(msg)
@@ -225,25 +224,8 @@ class Manifest:
             msg = f"There is nothing to train on: {self.counts} with review={review!r}."
             raise ValueError(msg)
         self.require_unchanged(used)
-        return curated_datamodule(rows, self.root, test, repaired, **settings)
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hex; empty if it can't be read."""
-    digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError:
-        return ""
-    return digest.hexdigest()
-
-
-def data_sha256(image_paths: Iterable[str], hashes: Iterable[str]) -> str:
-    """One hash of a whole data set: over the sorted lines ``<image_path> <sha256>``, whatever the order given."""
-    lines = sorted(f"{path} {sha256}\n" for path, sha256 in zip(image_paths, hashes, strict=True))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+        images = self.paths(rows) if repaired is None else copies(rows, Path(repaired))
+        return curated_datamodule(images, test, **{"name": self.root.name or "curated", **settings})
 
 
 def _percent(share: float) -> str:

@@ -28,8 +28,7 @@ def template(manifest: Manifest, budget: int | None = None) -> pd.DataFrame:
         msg = f"The budget must be at least 1 image, found {budget}."
         raise ValueError(msg)
     rows = manifest.table if budget is not None else manifest.rows("review")
-    rows = (
-        rows[rows.decided_by == "rule"].sort_values("score", ascending=False, kind="stable").head(budget or len(rows))
-    )
+    rows = rows[rows.decided_by == "rule"].sort_values("score", ascending=False, kind="stable", ignore_index=True)
+    rows = rows.head(budget or len(rows))
     rows = rows.rename(columns={"decision": "decision_so_far"}).assign(decision="")
     return rows[["image_path", "decision", "decision_so_far", "score", "reason", "quality", "sha256"]]

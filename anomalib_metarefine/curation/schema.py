@@ -72,7 +72,7 @@ def checked_table(table: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(msg)
     rounds = sorted((c for c in table if _ROUND.fullmatch(c)), key=lambda c: int(_ROUND.fullmatch(c)[1]))
     parts = [c for c in table if c.startswith("score_") and c not in rounds]
-    ordered = [*_FIRST, *parts, *rounds, "quality"]
+    ordered = [*_FIRST, *(["likeness"] if "likeness" in table else []), *parts, *rounds, "quality"]
     table = table[[*ordered, *(c for c in table if c not in ordered)]].copy()
     if table.empty:
         msg = "it lists no image."

@@ -41,7 +41,7 @@ class Standing(NamedTuple):
         total (int): Images in all.
         looked (int): Images with an answer.
         found (int): Dirty ones among them.
-        about (float): Dirty images left, best estimate.
+        about (float | None): Dirty images left, best estimate; ``None`` before the first answer, which tells nothing.
         at_most (int): Dirty images left, upper bound at the level 0.95, from the audit alone.
         audited (int): Images with an answer that were drawn at random.
         stop (bool): Whether at least the wanted share of the dirty images is found, at the level 0.95.
@@ -52,7 +52,7 @@ class Standing(NamedTuple):
     total: int
     looked: int
     found: int
-    about: float
+    about: float | None
     at_most: int
     audited: int
     stop: bool
@@ -197,7 +197,7 @@ def standing(looks: Sequence[Look], total: int, about: float, target: float = RE
     else:
         more = _looks_needed(looks, answers, total, target)
         reason = f"Not yet. If the next {more} images are all clean, at least {share} of the dirty ones are found."
-    inside = float(min(max(about, 0.0), at_most))
+    inside = float(min(max(about, 0.0), at_most)) if looked else None
     audited = sum(look.audit and look.dirty is not None for look in looks)
     return Standing(total, looked, found, inside, at_most, audited, more == 0, more, reason)
 

@@ -98,8 +98,9 @@ class FeatureStore:
 
     def sort(self) -> None:
         """Bring the images in the order of their paths, so that results don't depend on how a dataloader shuffled."""
-        self._order = np.argsort(self.paths, kind="stable")
-        self.paths = [self.paths[i] for i in self._order]
+        order = np.argsort(self.paths, kind="stable")
+        self.paths = [self.paths[i] for i in order]
+        self._order = order if self._order is None else self._order[order]
 
     def images(self, rows: Sequence[int] | np.ndarray | slice = slice(None)) -> torch.Tensor:
         """Embeddings of some images in single precision, ``[N x P x C]``."""

@@ -13,9 +13,9 @@ from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torch import nn
 from torchvision.transforms.v2 import Compose, Resize
 
-from anomalib_metarefine.curation.manifest import data_sha256
 from anomalib_metarefine.deploy.sidecar import Sidecar, file_hash, write_sidecar
 from anomalib_metarefine.features.resize import exact_export_transform
+from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.logs import quiet
 from anomalib_metarefine.model.graph import check_batch
 from anomalib_metarefine.model.post_processor import FrozenPostProcessor, score_scales

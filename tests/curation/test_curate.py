@@ -46,17 +46,18 @@ def test_finds_the_dirty_images_and_says_why(dirty):
     assert (rejected.fence_distance > 0).all()
     assert (rejected["round"] >= 1).all()
     assert (rejected.q_value <= 0.1).all()
-    assert rejected.reason.str.contains("like other suspicious images").all()
+    assert (rejected.likeness > 3).all()
+    assert rejected.reason.str.contains("Past the fence and like other suspicious images; score ").all()
     assert (table.score[table.decision == "keep"] < rejected.score.min()).all()
     assert {"score_likelihood", "score_neighbours", "score_round_1"} <= set(table)
+    assert set(table.variant) == {0}
     assert manifest.root == dirty
     assert manifest.run["structure"]["kind"] == "aligned"
-    assert manifest.run["structure"]["variants"] == [40]
-    assert manifest.run["data"]["images"] == 40
-    # The evidence: maps that peak at the defect, a good image beside each.
-    assert set(evidence.paths[:4]) == bad(manifest)
-    assert len(evidence.paths) == 40  # there is always something to look at
-    assert all("good" in near for near in evidence.nearest[:4])
+    assert (manifest.run["answers"], manifest.run["data"]["images"]) == (0, 40)
+    # The evidence: what is not simply kept comes first, worst on top, with a good image beside each.
+    doubtful = table[table.decision != "keep"].sort_values("score", ascending=False)
+    assert evidence.paths[: len(doubtful)] == doubtful.image_path.tolist()
+    assert all("good" in near for near in evidence.nearest)
     assert evidence.maps.shape[1:] == (6, 6)
     assert {p: p.stat().st_mtime_ns for p in dirty.rglob("*")} == before  # nothing of the user's was touched
 
@@ -67,13 +68,17 @@ def test_same_seed_same_manifest(dirty):
     np.testing.assert_array_equal(first.evidence.maps, second.evidence.maps)
 
 
-def test_a_run_can_be_made_again_from_what_run_json_says(dirty):
-    first = curate(dirty, seed=3, rule="count:4", **SMALL).manifest
-    settings = {name: first.run["settings"][name] for name in setting_names()}
-    kept = {name: first.run["settings"][name] for name in ("backbone", "quality", "bit_depth")}
-    size = tuple(first.run["settings"]["image_size"])
-    again = curate(first.root, seed=first.run["seed"], image_size=size, progress=False, **kept, **settings).manifest
-    pd.testing.assert_frame_equal(first.table, again.table)
+def test_a_run_can_be_made_again(dirty, tmp_path):
+    settings = SMALL | {"layers": ["blocks.2"], "dimensions": 24, "neighbour_weight": 0.5, "shrinkage": 0.4}
+    first = curate(dirty, seed=5, rule="share:0.1", quality=False, bit_depth=8, **settings).manifest
+    first.write(tmp_path / "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    again = curate(run["source"], root=run["root"], seed=run["seed"], progress=False, **run["settings"]).manifest
+    pd.testing.assert_frame_equal(again.table, first.table, check_exact=True)
+    told = {name: value for name, value in again.run.items() if name not in ("created", "seconds")}
+    assert told == {name: first.run[name] for name in told}
+    other = curate(run["source"], seed=6, progress=False, **run["settings"]).manifest
+    assert not other.table.score.equals(first.table.score)
 
 
 def test_decisions_of_a_person_hold_and_are_remembered(dirty, tmp_path):
@@ -88,6 +93,7 @@ def test_decisions_of_a_person_hold_and_are_remembered(dirty, tmp_path):
     second = manifest.table.set_index("image_path")
     assert second.decision[[wrong, missed]].tolist() == ["keep", "reject"]
     assert second.decided_by[[wrong, missed]].tolist() == ["user", "user"]
+    assert second.reason[wrong].startswith("A person said keep; score ")
     # Remembered by content: the file has another name in the next run.
     assert main(["review", str(out), "--decisions", str(tmp_path / "d.csv")]) == 0
     (dirty / wrong).rename(dirty / "renamed.png")
@@ -139,7 +145,7 @@ def test_takes_the_shape_of_the_images(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(12):
         part(rng, size=(200, 80)).save(tmp_path / f"{i}.png")
-    manifest = curate(tmp_path, dimensions=32, meta_steps=2, progress=False).manifest
+    manifest = curate(tmp_path, **{**SMALL, "image_size": None}).manifest
     assert manifest.run["settings"]["image_size"] == [416, 160]
 
 
@@ -159,6 +165,7 @@ def test_datamodules_and_bounded_memory(parts):
 def test_command_writes_everything(dirty, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["curate", str(dirty), "--out", str(out), "--image-size", "96", "96"]
+    arguments += ["--rule", "share:0.1", "--settings", "dimensions=32", "meta_steps=2"]
     assert main([*arguments, "--fail-above", "0.05"]) == 1
     assert main(arguments) == 0
     assert "4 of 40 images (10 %) were rejected" in capsys.readouterr().out

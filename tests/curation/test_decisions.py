@@ -127,6 +127,11 @@ class TestDecide:
             decide(broken, answers(_3="keep"))
         assert decide(broken, answers(_3="reject")).table.decided_by[3] == "user"
 
+    def test_the_verdict_tells_of_the_answers(self, manifest):
+        decided = decide(manifest, answers(_0="reject", _2="keep", _5="reject"))
+        assert "A person has looked at 3, and found 2 dirty." in decided.verdict
+        assert "can't be said before somebody has looked" in manifest.verdict
+
 
 class TestHistory:
     HEADER = "image_path,sha256,decision,when,by\n"

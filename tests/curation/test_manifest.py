@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from anomalib_metarefine.curation.manifest import Manifest, data_sha256, file_sha256
+from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.images.hashes import data_sha256, file_sha256
 
 
 def make_files(root: Path) -> Path:
@@ -34,6 +35,7 @@ def make_manifest(root: Path, decisions: dict[str, str], **columns) -> Manifest:
             "fence_distance": np.linspace(-3, 2, count),
             "q_value": np.linspace(1, 0, count),
             "variant": 0,
+            "likeness": np.linspace(-1, 4, count),
             "score_tail": 1 / 3,
             "score_round_1": 0.1 + 0.2,
             "quality": "",
@@ -99,7 +101,7 @@ def test_columns_are_put_in_order(manifest):
     shuffled = table.sample(frac=1, random_state=0)[sorted(table.columns, reverse=True)]
     assert Manifest(shuffled, manifest.run).table.columns.tolist() == [
         *["image_path", "sha256", "decision", "decided_by", "round", "reason"],
-        *["score", "fence_distance", "q_value", "variant", "score_tail"],
+        *["score", "fence_distance", "q_value", "variant", "likeness", "score_tail"],
         *["score_round_1", "score_round_2", "score_round_10", "quality"],
     ]
     assert Manifest(shuffled, manifest.run).table.image_path.tolist() == list(DECISIONS)
@@ -160,8 +162,8 @@ def test_says_what_is_wrong_with_the_files(manifest, tmp_path):
         ({"schema": ["x"]}, r"has schema \['x'\]"),
         ({"root": 3}, "run\\['root'\\] must be of type str, found 3"),
         ({"root": "here"}, "must be the absolute folder of the images, found 'here'"),
-        ({"structure": [0.1]}, "must be of type dict"),
-        ({"answers": "two"}, "must be of type int"),
+        ({"structure": "aligned"}, "run\\['structure'\\] must be of type dict, found 'aligned'"),
+        ({"answers": "many"}, "run\\['answers'\\] must be of type int, found 'many'"),
         ({"rounds": [{"number": 1, "fence": "high"}]}, "as entry 1"),
         ({"rounds": [7]}, "found 7 as entry 1"),
     ]:
@@ -214,22 +216,39 @@ def test_orders_by_what_a_person_looks_at_first(files):
     manifest = make_manifest(
         files,
         dict(zip(DECISIONS, ["reject", "reject", "reject", "review", "review", "review"], strict=True)),
-        score=[1.0, np.nan, 2.0, 0.2, 0.4, 0.9],
+        score=[1.0, np.nan, 2.0, 0.2, 0.6, 0.4],
+        q_value=[0.5, np.nan, 0.9, 0.1, 0.9, 0.5],  # it does not follow the score where a folder has variants
     )
     assert [path.name for path in manifest.rejected] == ["2.png", "0.png", "1.png"]
-    assert [path.name for path in manifest.review] == ["5.png", "4.png", "3.png"]
+    assert [path.name for path in manifest.review] == ["4.png", "5.png", "3.png"]
     assert manifest.kept == []
     assert manifest.rejected[0] == files / "left" / "2.png"
 
 
-def test_verdict(manifest):
+def test_verdict_says_what_came_out_what_folder_it_is_and_what_to_do(manifest):
     assert manifest.headline == "2 of 6 images (33.3 %) were rejected, 2 need your eyes."
-    manifest.run["structure"] = {"text": "One aligned product."}
-    assert manifest.verdict.startswith(f"{manifest.headline} One aligned product. Look at the 6 highest scores first")
-    assert manifest.verdict.endswith("can't be said before somebody has looked.")
+    assert manifest.verdict == (
+        f"{manifest.headline} Look at the 6 highest scores first: about 1 minute. "
+        "How many dirty images there are can't be said before somebody has looked."
+    )
+    manifest.run["structure"] = {"text": "Photographs of one kind of part."}
+    assert f"{manifest.headline} Photographs of one kind of part. Look at" in manifest.verdict
     assert manifest.verdict in repr(manifest)
-    manifest.table.loc[[0, 3], "decided_by"] = "user"
-    assert manifest.verdict.endswith("A person has looked at 2, and found 1 dirty.")
+    manifest.table.loc[:3, "decided_by"] = "user"  # keep, keep, review, reject
+    assert manifest.verdict.endswith("one kind of part. A person has looked at 4, and found 1 dirty.")
+
+
+def test_headline_of_one_image(files):
+    decisions = dict.fromkeys(DECISIONS, "keep") | {"left/0.png": "reject", "left/1.png": "review"}
+    manifest = make_manifest(files, decisions)
+    assert manifest.headline == "1 of 6 images (16.7 %) was rejected, 1 needs your eyes."
+
+
+@pytest.mark.parametrize(("rejected", "first", "minutes"), [(0, 40, "1 minute."), (100, 100, "3 minutes.")])
+def test_the_first_look_covers_what_the_rule_doubts(rejected, first, minutes):
+    names = {f"{i:03d}.png": "reject" if i < rejected else "keep" for i in range(200)}
+    verdict = make_manifest(Path("/nowhere"), names).verdict
+    assert f"Look at the {first} highest scores first: about {minutes}" in verdict
 
 
 def test_verify_reads_the_bytes(manifest, files):

@@ -140,7 +140,7 @@ def test_a_persons_decision_is_told_from_the_rules(tmp_path):
 def test_unreadable_files_have_a_table_of_their_own(tmp_path):
     manifest, evidence = make(tmp_path)
     row = manifest.table.image_path == "bad/00003.png"
-    manifest.table.loc[row, ["score", "fence_distance", "dirty_probability", "score_round_1"]] = np.nan
+    manifest.table.loc[row, ["score", "fence_distance", "q_value", "score_round_1"]] = np.nan
     manifest.table.loc[row, ["decided_by", "reason"]] = ["unreadable", "The file is empty."]
     page = Page(write_report(manifest, evidence, tmp_path / "report.html"))
     assert "Files that could not be read" in page.text

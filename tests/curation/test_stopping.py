@@ -116,6 +116,12 @@ def test_says_how_many_clean_looks_are_missing(found):
     assert not any(before)
 
 
+def test_nothing_is_estimated_before_the_first_answer():
+    for looks in ([], [Look(False, None)] * 12):
+        assert standing(looks, 100, about=11).about is None
+    assert standing([CLEAN], 100, about=11).about == 11
+
+
 def test_the_estimate_stays_within_what_is_possible():
     looks = [CLEAN] * 90
     assert standing(looks, 100, about=50).about == standing(looks, 100, about=50).at_most == left_at_most(looks, 100)

@@ -18,7 +18,7 @@ def store(count: int, channels: int = 20, seed: int = 0) -> FeatureStore:
 
 
 def compare(images: FeatureStore, **settings) -> NearestImages:
-    return NearestImages(images, np.arange(len(images)), GRID, torch.Generator().manual_seed(0), **settings)
+    return NearestImages(images, GRID, 0, **settings)
 
 
 def nearest_in_window(images: torch.Tensor, i: int, j: int, patch: int, window: int) -> float:
@@ -101,3 +101,28 @@ def test_features_of_any_size_have_a_distance():
     mean, _ = compare(data).episodic(np.ones(3, dtype=bool))
     assert (mean[2] > mean[0]).all()
     assert mean.isfinite().all()
+
+
+def test_tells_images_that_lie_alike_from_those_that_do_not():
+    generator = torch.Generator().manual_seed(0)
+    part, noise = torch.randn(12, 20, generator=generator), 0.1 * torch.randn(30, 12, 20, generator=generator)
+    alike, anywhere = FeatureStore(), FeatureStore()
+    alike.add([str(i) for i in range(30)], part + noise)
+    rolled = [torch.roll(part, i, 0) for i in range(30)]  # the same patches, at another place in every image
+    anywhere.add([str(i) for i in range(30)], torch.stack(rolled) + noise)
+    assert compare(alike).layout > 0.95
+    assert compare(anywhere).layout < 0.2
+
+
+def test_the_same_references_for_the_same_seed():
+    first, again = (compare(store(40), references=10) for _ in range(2))
+    np.testing.assert_array_equal(first.images, again.images)
+    other = NearestImages(store(40), GRID, 1, references=10)
+    assert set(np.unique(other.images)) != set(np.unique(first.images))
+
+
+def test_distance_of_an_image_is_that_of_its_most_distant_patches():
+    found, kept = compare(store(6)), np.ones(6, dtype=bool)
+    mean = found.episodic(kept)[0]
+    np.testing.assert_allclose(found.image_distances(kept, 1.0), mean.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(found.image_distances(kept, 1e-6), mean.max(1).values, rtol=1e-5)

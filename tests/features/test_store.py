@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,3 +57,47 @@ def test_images_of_another_size_are_refused():
     store.add(["a"], torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match="Images of different sizes"):
         store.add(["b"], torch.zeros(1, 9, 2))
+
+
+@pytest.mark.parametrize("limit_mb", [100, 0])
+def test_sorted_results_do_not_depend_on_the_order_of_arrival(limit_mb):
+    forward, shuffled = FeatureStore(limit_mb), FeatureStore(limit_mb)
+    names = [f"{i:02d}.png" for i in range(20)]
+    features = torch.arange(20.0)[:, None, None].expand(20, 16, 8)
+    forward.add(names, features)
+    order = np.random.default_rng(0).permutation(20)
+    for part in np.array_split(order, 3):
+        shuffled.add([names[i] for i in part], features[part])
+    for store in (forward, shuffled):
+        store.sort()
+    assert shuffled.paths == names
+    torch.testing.assert_close(shuffled.images(), features)
+    torch.testing.assert_close(shuffled.images([3, 19])[:, 0, 0], torch.tensor([3.0, 19.0]))
+    samples = [store.sample_patches(50, torch.Generator().manual_seed(0)) for store in (forward, shuffled)]
+    torch.testing.assert_close(*samples)
+    torch.testing.assert_close(shuffled.of(["07.png", "02.png"]).images()[:, 0, 0], torch.tensor([7.0, 2.0]))
+
+
+def test_a_sorted_store_takes_no_more_images():
+    store = filled(100)
+    store.sort()
+    with pytest.raises(RuntimeError, match="The store is sorted"):
+        store.add(["x.png"], torch.zeros(1, 16, 8))
+
+
+def test_chunks_are_the_rows_asked_for_a_few_at_a_time():
+    store, rows = filled(100), np.array([5, 3, 40, 41, 59])
+    parts = list(store.chunks(rows, size=2))
+    assert [part.tolist() for part, _ in parts] == [[5, 3], [40, 41], [59]]
+    for part, embeddings in parts:
+        torch.testing.assert_close(embeddings, store.images(part))
+    assert list(store.chunks(rows[:0])) == []
+
+
+def test_sorting_again_changes_nothing():
+    store = filled(100)
+    store.sort()
+    paths, embeddings = list(store.paths), store.images()
+    store.sort()
+    assert store.paths == paths
+    torch.testing.assert_close(store.images(), embeddings)

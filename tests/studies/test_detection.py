@@ -23,8 +23,6 @@ def test_finds_the_dirty_images_and_goes_on_where_it_stopped(many_parts, tmp_pat
     assert rows.dirty.tolist() == [0, 4]
     assert (rows.recall[1], rows.precision[1], rows.rejected[0]) == (1, 1, 0)
     assert rows.last_AUROC[1] == 1
-    assert (rows.low - 0.005 <= rows.dirty / rows.images).all()
-    assert rows.low[1] > 0.03
     main([*arguments, "--contamination", "0", "0.1", "--rules", "auto", "share:0.1"])
     rows = pd.read_csv(out)
     assert rows.rule.tolist() == ["auto", "auto", "share:0.1", "share:0.1"]

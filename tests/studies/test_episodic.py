@@ -29,7 +29,7 @@ def test_distance_to_a_support_is_that_to_the_nearest_of_its_images():
     embeddings = torch.randn(6, 4, 80)
     store = FeatureStore()
     store.add([f"{i}.png" for i in range(6)], embeddings)
-    neighbours = NearestImages(store, range(6), (2, 2), torch.Generator().manual_seed(0), window=0, nearest=6)
+    neighbours = NearestImages(store, (2, 2), seed=0, window=0, nearest=6)
     supports = np.array([[True, True, False, False, True, False], [False, False, True, False, False, False]])
     found = support_distances(neighbours, supports)
 

@@ -148,6 +148,18 @@ def _paths(folder):
         return {row["sha256"]: row["image_path"] for row in csv.DictReader(file)}
 
 
+def test_what_is_left_is_not_told_before_anybody_has_looked(folder, serve, tab):
+    page = tab(serve(folder).address)
+
+    def said():
+        return " ".join(page.inner_text("#standing").split())
+
+    assert said() == "Looked at 0 of 300 · found 0 · left: not known yet"
+    page.keyboard.press("k")
+    settled(page, 1)
+    assert "· left about" in said()
+
+
 def test_two_browsers_at_once_lose_nothing(folder, serve, tab):
     address = serve(folder).address
     one, two = tab(address), tab(address)

@@ -86,7 +86,8 @@
   }
 
   function stand(s) {
-    const parts = [["Looked at", s.looked, `of ${s.total}`], ["found", s.found, ""], ["left about", Math.round(s.about), `(at most ${s.at_most}, 95 %)`]];
+    const left = s.about === null ? ["left:", "not known yet", ""] : ["left about", Math.round(s.about), `(at most ${s.at_most}, 95 %)`];
+    const parts = [["Looked at", s.looked, `of ${s.total}`], ["found", s.found, ""], left];
     const spans = parts.map(([before, number, after]) => make("span", {}, `${before} `, make("b", { textContent: number }), ` ${after}`));
     $("standing").replaceChildren(...spans.flatMap((span, i) => (i ? [" · ", span] : [span])));
     $("bad").style.width = `${(100 * s.found) / s.total}%`;
