@@ -13,7 +13,6 @@ from anomalib_metarefine.curation.curate import _rejected_since, curate
 from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.refinement.rounds import Refinement, Round
-from anomalib_metarefine.settings import setting_names
 from tests.conftest import folder, part, plate
 from tests.curation.test_manifest import visible
 
