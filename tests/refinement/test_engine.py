@@ -90,13 +90,15 @@ def test_a_persons_answers_hold_and_teach():
     assert rank[1] < rank[0]  # images like those that were rejected come sooner
 
 
-def test_regions_are_left_out_where_no_image_is_rejected():
+def test_regions_are_left_out_of_what_is_kept():
     images = embeddings(90, dirty=4, strength=4.0)
     found = refined(images, rule="share:0")
     assert found.kept.all()
     assert 4 * 4 / (90 * PLACES) <= found.refinement.unusual_patches < 0.1
     assert not found.usual[0, [0, 1, GRID[1], GRID[1] + 1]].any()
-    for changes in ({"rule": "count:4"}, {"rule": "share:0", "patch_fence": 0.0}, {"rounds": 0}):
+    fewer = refined(images, rule="count:2").refinement  # of the two others
+    assert 0 < fewer.unusual_patches < found.refinement.unusual_patches
+    for changes in ({"rule": "share:0", "patch_fence": 0.0}, {"rounds": 0}, {"structure": "anywhere"}):
         assert refined(images, **changes).refinement.unusual_patches == 0
     assert refined(images[:79], rule="share:0").refinement.unusual_patches == 0  # too few to tell
 
