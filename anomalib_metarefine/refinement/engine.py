@@ -170,8 +170,8 @@ class _Scorer:
     def patches_to_learn(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Masks ``[N x P]`` of the patches to learn from, and of those that look usual for their place.
 
-        A dirty image that no rule rejects is still unusual somewhere: on KolektorSDD with 10 % dirty images, leaving such
-        regions out after the rounds is worth 4 points of image AUROC. Not so where a small variant is unusual
+        A dirty image that no rule rejects is still unusual somewhere: on KolektorSDD with 10 % dirty images, leaving
+        such regions out after the rounds is worth 4 points of image AUROC. Not so where a small variant is unusual
         everywhere, nor where images would change their order without the unusual regions.
         """
         everyone = np.ones((len(kept), len(self.images.positions)), dtype=bool)
