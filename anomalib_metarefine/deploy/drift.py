@@ -145,7 +145,7 @@ class DriftMonitor:
 
     @classmethod
     def from_calibration(cls, calibration: Mapping[str, Any], **settings: Any) -> DriftMonitor:  # noqa: ANN401
-        """A monitor of what ``metadata.json`` holds under ``calibration``; settings and errors are those of the class."""
+        """A monitor of what ``metadata.json`` holds under ``calibration``; settings and errors are the class's."""
         missing = {"quantiles", "images", "set_aside"} - set(calibration)
         if missing:
             msg = f"The calibration in metadata.json lacks {', '.join(sorted(missing))}. Export the model again."
