@@ -177,10 +177,11 @@ class _Watch:
             self._results.append(*records)
             return
         self._say("The results file was renamed or emptied; a new one is begun.")
+        self._results.append(self._start())
         done = self._source.processed()
-        while part := [list(arrival) for arrival in islice(done, _STATE_EVERY)]:
-            records = ({"event": "earlier", "images": part}, *records)
-        self._results.append(self._start(), *records, self._state())
+        while part := list(islice(done, _STATE_EVERY)):
+            self._results.append({"event": "earlier", "images": part})
+        self._results.append(*records, self._state())
 
     def _recover(self, recovery: Recovery) -> list[dict[str, Any]]:
         try:
