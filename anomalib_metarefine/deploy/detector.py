@@ -250,7 +250,7 @@ def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         np.ndarray: ``[C, height, width]``.
     """
     channels = (Image.fromarray(np.ascontiguousarray(image[..., i])) for i in range(image.shape[2]))
-    return np.stack([channel.resize(size[::-1], Image.Resampling.BILINEAR) for channel in channels])
+    return np.stack([np.asarray(channel.resize(size[::-1], Image.Resampling.BILINEAR)) for channel in channels])
 
 
 def _sizes(model: ov.Model, sidecar: Sidecar | None) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
