@@ -7,23 +7,20 @@ import hashlib
 import json
 import math
 import time
-from collections import OrderedDict
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
 import openvino as ov
-from openvino.preprocess import PrePostProcessor
+from PIL import Image
 
-from anomalib_metarefine.deploy.sidecar import SIDECAR, Sidecar, file_hash, read_sidecar, verify_files
-from anomalib_metarefine.images.reading import check_bit_depth
+from anomalib_metarefine.deploy.sidecar import SIDECAR, Sidecar, read_sidecar, verify_files
+from anomalib_metarefine.images.reading import check_bit_depth, file_hash
 
 DECISIONS = ("normal", "anomalous", "uncertain")
 _MODEL_FILES = {"openvino": "model.xml", "onnx": "model.onnx"}
-_SIZES_KEPT = 4  # image sizes with a network of their own; a line has one or two
 
 
 class Prediction(NamedTuple):
@@ -57,19 +54,12 @@ def _wait_at_exit() -> None:
         detector.wait()
 
 
-@dataclass
-class _Network:
-    """The model at one image size."""
-
-    request: ov.InferRequest
-    queue: ov.AsyncInferQueue
-
-
 class Detector:
-    """A deployed model.
+    """A deployed model, compiled once. Not to be shared between threads.
 
-    For each image size met, a network of that static shape is compiled (a third of a second) and kept: with free sizes
-    OpenVINO works out all shapes anew for every image. Not to be shared between threads.
+    A network for each image size takes a third of a second to compile, and one of free sizes keeps memory for every
+    size it meets. So images are resized before the network where ``metadata.json`` says that the graph itself would do
+    just that: an antialiased bilinear resize to two sides. Else the network has free sizes.
 
     Args:
         folder (str | Path): With ``model.xml`` and ``model.bin``, or ``model.onnx``, and ``metadata.json``. Without
@@ -127,14 +117,14 @@ class Detector:
         self._config["PERFORMANCE_HINT"] = "LATENCY" if streams == 1 else "THROUGHPUT"
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = str(threads)
-        self._networks: OrderedDict[tuple[int, int], _Network] = OrderedDict()
+        self._takes, self._resizes_to = _sizes(self._model, self.sidecar)
+        compiled = self._compile()
+        self._request, self._queue = compiled.create_infer_request(), ov.AsyncInferQueue(compiled, streams)
+        self._queue.set_callback(lambda request, answer: answer(request))
         _alive.add(self)
 
         score = self.sidecar.image_score if self.sidecar else {}
         known = all(score.get(key) is not None for key in ("threshold", "minimum", "maximum"))
-        if known and not all(_is_number(score[key]) for key in ("threshold", "minimum", "maximum")):
-            msg = f"{self.folder / SIDECAR} must hold numbers in image_score, found {score}. Export the model again."
-            raise ValueError(msg)
         self.threshold: float | None = score["threshold"] if known else None
         self.calibration: dict[str, Any] | None = self.sidecar.calibration if self.sidecar and known else None
         band = (self.calibration or {}).get("uncertain")
@@ -158,10 +148,9 @@ class Detector:
         Raises:
             ValueError: If the image is of another shape or type, or of a size the model doesn't take.
         """
-        request = self._network(image).request
         start = time.perf_counter()
-        request.infer({0: image[None]})
-        return self._prediction(request, anomaly_map, time.perf_counter() - start)
+        self._request.infer({0: self._batch(image)})
+        return self._prediction(self._request, anomaly_map, time.perf_counter() - start)
 
     def submit(self, image: np.ndarray, anomaly_map: bool = False) -> Future[Prediction]:
         """Score one image while others are being scored; waits while all streams are busy.
@@ -176,25 +165,22 @@ class Detector:
         Raises:
             ValueError: As `predict`.
         """
-        queue = self._network(image).queue
-        future: Future[Prediction] = Future()
         start = time.perf_counter()
+        future: Future[Prediction] = Future()
+        batch = self._batch(image)
 
         def answer(request: ov.InferRequest) -> None:
             try:
                 future.set_result(self._prediction(request, anomaly_map, time.perf_counter() - start))
-            except (
-                Exception
-            ) as error:  # an exception that leaves this thread would be lost, and the future wait forever
+            except Exception as error:  # one that leaves this thread would be lost, and the future wait forever
                 future.set_exception(error)
 
-        queue.start_async({0: image[None]}, answer)
+        self._queue.start_async({0: batch}, answer)
         return future
 
     def wait(self) -> None:
         """Wait for everything that was submitted."""
-        for network in self._networks.values():
-            network.queue.wait_all()
+        self._queue.wait_all()
 
     def decide(self, anomalous: bool, raw_score: float | None, threshold: float | None = None) -> str:
         """The decision, with the graph's threshold or another.
@@ -226,44 +212,57 @@ class Detector:
         scores = scores.reshape(scores.shape[-2:]).copy() if scores is not None else None
         return Prediction(score, raw, anomalous, self.decide(anomalous, raw), scores, latency)
 
-    def _network(self, image: np.ndarray) -> _Network:
-        """The network of the image's size; the one unused for longest makes room for a new one."""
+    def _batch(self, image: np.ndarray) -> np.ndarray:
+        """``[1, 3, h, w]`` as the compiled network takes it."""
         if image.dtype != np.float32 or image.ndim != 3 or image.shape[2] != 3:
             msg = f"Expected an image [H, W, 3] of float32 in [0, 1], found {list(image.shape)} of {image.dtype}. "
             msg += "Pass the pixels of read_image."
             raise ValueError(msg)
-        size = image.shape[:2]
-        if size not in self._networks:
-            compiled = self._compile(size)
-            if len(self._networks) >= _SIZES_KEPT:
-                _, oldest = self._networks.popitem(last=False)
-                oldest.queue.wait_all()
-            queue = ov.AsyncInferQueue(compiled, self.streams)
-            queue.set_callback(lambda request, answer: answer(request))
-            self._networks[size] = _Network(compiled.create_infer_request(), queue)
-        self._networks.move_to_end(size)
-        return self._networks[size]
+        if self._takes not in (None, image.shape[:2]):
+            msg = f"The model takes images of {self._takes[0]} x {self._takes[1]} pixels, found {image.shape[0]} x "
+            msg += f"{image.shape[1]}. Resize them as for the training, or export the model for any size."
+            raise ValueError(msg)
+        if self._resizes_to in (None, image.shape[:2]):
+            return np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+        return resized(image, self._resizes_to)[None]
 
-    def _compile(self, size: tuple[int, int]) -> ov.CompiledModel:
-        """The model at a static image size."""
-        model = self._model.clone()
-        accepts = self.sidecar.input.get("accepts", "any") if self.sidecar else "any"
-        taken = ov.PartialShape([1, 3, *(accepts if accepts != "any" else (-1, -1))])
-        for shape in (taken, model.input(0).partial_shape):
-            if not shape.compatible(ov.PartialShape([1, 3, *size])):
-                msg = f"The model takes images of {shape[2]} x {shape[3]} pixels, found {size[0]} x {size[1]}. "
-                msg += "Resize them as for the training, or export the model for any size."
-                raise ValueError(msg)
-        steps = PrePostProcessor(model)
-        steps.input().tensor().set_layout(ov.Layout("NHWC"))
-        steps.input().model().set_layout(ov.Layout("NCHW"))
-        model = steps.build()
+    def _compile(self) -> ov.CompiledModel:
+        sides = self._takes or self._resizes_to or (-1, -1)
+        if -1 in sides and self.device == "CPU":
+            self._config["CPU_RUNTIME_CACHE_CAPACITY"] = "0"  # else 0.6 MB for each new size; latency is the same
         try:
-            model.reshape([1, *size, 3])
-            return self._core.compile_model(model, self.device, self._config)
+            self._model.reshape([1, 3, *sides])
+            return self._core.compile_model(self._model, self.device, self._config)
         except RuntimeError as error:
-            msg = f"The model can't be compiled for images of {size[0]} x {size[1]} on {self.device}: {_short(error)}"
+            shown = "any size" if -1 in sides else f"{sides[0]} x {sides[1]}"
+            msg = f"{self.file} can't be compiled for one image of {shown} on {self.device}: {_short(error)}"
             raise ValueError(msg) from error
+
+
+def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Antialiased bilinear resize, as torchvision has it in the training and the exported graph; agrees to 2e-5.
+
+    Args:
+        image (np.ndarray): ``[H, W, C]`` float32.
+        size (tuple[int, int]): Height and width.
+
+    Returns:
+        np.ndarray: ``[C, height, width]``.
+    """
+    channels = (Image.fromarray(np.ascontiguousarray(image[..., i])) for i in range(image.shape[2]))
+    return np.stack([np.asarray(channel.resize(size[::-1], Image.Resampling.BILINEAR)) for channel in channels])
+
+
+def _sizes(model: ov.Model, sidecar: Sidecar | None) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """The one size of images that the model takes, and the size to resize them to before it; ``None`` for any."""
+    rows, columns = model.input(0).partial_shape[2:]
+    said = sidecar.input if sidecar else {}
+    accepts, size = said.get("accepts", "any"), said.get("size")
+    if accepts != "any":
+        return tuple(accepts), None
+    if rows.is_static and columns.is_static:
+        return (rows.get_length(), columns.get_length()), None
+    return None, tuple(size) if said.get("antialias") and size and len(size) == 2 else None
 
 
 def _model_file(folder: Path, sidecar: Sidecar | None) -> Path:
@@ -290,10 +289,6 @@ def _read(core: ov.Core, file: Path) -> ov.Model:
         msg = f"{file} is not a detector that anomalib exported: the outputs {', '.join(sorted(missing))} are missing."
         raise ValueError(msg)
     return model
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(error: Exception) -> str:

@@ -42,6 +42,8 @@ from anomalib_metarefine.deploy.bets import Bets
 
 _PATIENCE = 3  # times as long as a drift took to be found must it not be seen, to be over
 _QUANTILES = 101
+_SAVED = ("count", "since", "direction", "statistic", "quiet", "patience", "learned")
+_SAVED_OF_BETS = ("learned_past", "wealth", "run", "start")
 _FEWEST_IMAGES = 20
 
 
@@ -115,7 +117,7 @@ class DriftMonitor:
         horizon: int = 10_000,
         defect_rate: float = 0.05,
     ) -> None:
-        quantiles = _checked_quantiles(reference_quantiles)
+        quantiles = checked_quantiles(reference_quantiles)
         _check(images >= _FEWEST_IMAGES, "images", f"at least {_FEWEST_IMAGES}", images)
         _check(window >= _FEWEST_IMAGES, "window", f"at least {_FEWEST_IMAGES}", window)
         _check(0 < false_alarm_rate < 1, "false_alarm_rate", "in (0, 1)", false_alarm_rate)
@@ -143,7 +145,11 @@ class DriftMonitor:
 
     @classmethod
     def from_calibration(cls, calibration: Mapping[str, Any], **settings: Any) -> DriftMonitor:  # noqa: ANN401
-        """A monitor of what ``metadata.json`` holds under ``calibration``, with other settings as of the class."""
+        """A monitor of what ``metadata.json`` holds under ``calibration``; settings and errors are the class's."""
+        missing = {"quantiles", "images", "set_aside"} - set(calibration)
+        if missing:
+            msg = f"The calibration in metadata.json lacks {', '.join(sorted(missing))}. Export the model again."
+            raise ValueError(msg)
         return cls(calibration["quantiles"], calibration["images"] - calibration["set_aside"], **settings)
 
     def update(self, score: float) -> DriftState:
@@ -224,18 +230,9 @@ class DriftMonitor:
         """Everything, settings included, as JSON can hold it; numbers survive it to the last bit."""
         return {
             "settings": {**asdict(self._settings), "reference_quantiles": list(self._settings.reference_quantiles)},
-            "count": self._count,
-            "since": self._since,
-            "direction": self._direction,
-            "statistic": self._statistic,
-            "quiet": self._quiet,
-            "patience": self._patience,
             "recent": list(self._recent),
-            "learned": self._learned,
-            "learned_past": self._learned_past.tolist(),
-            "wealth": self._wealth.tolist(),
-            "run": self._run.tolist(),
-            "start": self._start.tolist(),
+            **{name: getattr(self, f"_{name}") for name in _SAVED},
+            **{name: getattr(self, f"_{name}").tolist() for name in _SAVED_OF_BETS},
         }
 
     @classmethod
@@ -247,127 +244,20 @@ class DriftMonitor:
         """
         try:
             monitor = cls(**content["settings"])
-            monitor._count, monitor._learned = content["count"], content["learned"]
-            monitor._since, monitor._direction = content["since"], content["direction"]
-            monitor._quiet, monitor._patience = content["quiet"], content["patience"]
-            monitor._statistic = content["statistic"]
-            monitor._recent = deque(content["recent"])
-            monitor._ordered = sorted(content["recent"])
-            state = [np.array(content[name]) for name in ("wealth", "run", "start", "learned_past")]
+            monitor._recent = deque(np.asarray(content["recent"], float).tolist())
+            monitor._ordered = sorted(monitor._recent)
+            for name in _SAVED:
+                setattr(monitor, f"_{name}", content[name])
+            for name in _SAVED_OF_BETS:
+                setattr(monitor, f"_{name}", np.array(content[name]))
         except (KeyError, TypeError) as error:
             msg = f"This is not the saved state of a drift monitor ({error!r}). Delete it to start afresh."
             raise ValueError(msg) from error
-        if any(part.shape != monitor._wealth.shape for part in state):
-            msg = (
-                f"The saved state is of {len(content['wealth'])} bets, this version has {len(monitor._wealth)}. "
-                "Delete it to start afresh."
-            )
-            raise ValueError(msg)
-        monitor._wealth, monitor._run, monitor._start, monitor._learned_past = state
+        bets = monitor._bets.odds.shape
+        if any(getattr(monitor, f"_{name}").shape != bets for name in _SAVED_OF_BETS):
+            msg = f"The saved state is of {np.size(content['wealth'])} bets, this version has {bets[0]}. "
+            raise ValueError(msg + "Delete it to start afresh.")
         return monitor
-
-
-@dataclass(frozen=True)
-class ThresholdMove:
-    """One move of the threshold.
-
-    Attributes:
-        count (int): Number of the image after which it moved.
-        old (float): Raw threshold before.
-        new (float): Raw threshold from the next image on.
-        reason (str): Why, for the log.
-        limited (bool): Whether a limit stopped it.
-    """
-
-    count: int
-    old: float
-    new: float
-    reason: str
-    limited: bool
-
-
-class DynamicThreshold:
-    """Moves the threshold with the window's median and inter-quartile range, within limits, while scores drift.
-
-    The rule is ``median + factor * (Q3 - Q1)``, with the factor by which the calibrated threshold stands above the
-    reference. The threshold moves only if the monitor says that scores have drifted, and the whole window is from after
-    that; at most once a window; and by more than three standard deviations of the rule's scatter between windows of
-    one distribution. It goes back to the calibrated one when the drift ends. Every move is returned.
-
-    It follows whatever more than a quarter of the images do, defects included: that is what the limits are for.
-
-    Args:
-        threshold (float): Calibrated, raw.
-        limits (tuple[float, float]): Lowest and highest raw threshold allowed, around the calibrated one.
-        reference_quantiles (Sequence[float]): As of the monitor.
-        window (int): As of the monitor.
-
-    Raises:
-        ValueError: If the limits do not hold the threshold, or the reference has no spread.
-    """
-
-    def __init__(
-        self,
-        threshold: float,
-        limits: tuple[float, float],
-        reference_quantiles: Sequence[float],
-        window: int = 500,
-    ) -> None:
-        low, high = map(float, limits)
-        if not low <= threshold <= high:
-            msg = f"Limits must hold the calibrated threshold {threshold:.6g}, found {low:.6g} to {high:.6g}."
-            raise ValueError(msg)
-        quantiles = _checked_quantiles(reference_quantiles)
-        lower, median, upper = quantiles[25], quantiles[50], quantiles[75]
-        self.calibrated = self.threshold = float(threshold)
-        self._limits = (low, high)
-        self._window = int(window)
-        self._factor = (threshold - median) / (upper - lower)
-        # Windows drawn from the reference, with a seed of their own: how far does the rule move for no reason, in
-        # inter-quartile ranges? The threshold is of one window already, so the difference is of two.
-        drawn = np.random.default_rng(0).uniform(0, 100, (400, self._window))
-        windows = np.quantile(np.interp(drawn, np.arange(_QUANTILES), quantiles), [0.25, 0.5, 0.75], axis=1)
-        self._least = 3 * math.sqrt(2) * float(np.std(self._rule(windows))) / (upper - lower)
-        self._moved_at = 0
-
-    def _rule(self, quartiles: Sequence[float] | np.ndarray) -> float | np.ndarray:
-        lower, median, upper = quartiles
-        return median + self._factor * (upper - lower)
-
-    def update(self, state: DriftState) -> ThresholdMove | None:
-        """What the latest state of the monitor does to the threshold; ``None`` if nothing."""
-        if not state.drifted or state.since is None:
-            wanted, reason = self.calibrated, "drift has ended, back to the calibrated threshold"
-            limited = False
-        else:
-            begin = max(state.since, self._moved_at + 1)
-            if state.images < self._window or state.count - begin + 1 < self._window:
-                return None
-            followed = float(self._rule(state.quartiles))
-            lower, median, upper = state.quartiles
-            if abs(followed - self.threshold) <= self._least * (upper - lower):
-                return None
-            wanted = min(max(followed, self._limits[0]), self._limits[1])
-            limited = wanted != followed
-            reason = (
-                f"scores drifted {state.direction} since image {state.since}: median {median:.4g}, quartiles "
-                f"{lower:.4g} and {upper:.4g} of the last {state.images}"
-                + (", stopped by the limit" if limited else "")
-            )
-        if wanted == self.threshold:
-            return None
-        move = ThresholdMove(state.count, self.threshold, wanted, reason, limited)
-        self.threshold, self._moved_at = wanted, state.count
-        return move
-
-    def to_dict(self) -> dict[str, Any]:
-        """What changes, as JSON can hold it."""
-        return {"threshold": self.threshold, "moved_at": self._moved_at}
-
-    def restore(self, content: Mapping[str, Any]) -> None:
-        """Take over what `to_dict` gave; one with other limits may pull the threshold to the nearest of them."""
-        self.threshold = min(max(float(content["threshold"]), self._limits[0]), self._limits[1])
-        self._moved_at = int(content["moved_at"])
 
 
 def _quartiles(ordered: Sequence[float]) -> tuple[float, float, float]:
@@ -384,7 +274,8 @@ def _quartiles(ordered: Sequence[float]) -> tuple[float, float, float]:
     return (at(0.25), at(0.5), at(0.75))
 
 
-def _checked_quantiles(values: Sequence[float]) -> tuple[float, ...]:
+def checked_quantiles(values: Sequence[float]) -> tuple[float, ...]:
+    """The quantiles, if a change can be told from them; else raises ValueError."""
     quantiles = np.asarray(values, dtype=float)
     if quantiles.shape != (_QUANTILES,) or not np.isfinite(quantiles).all() or (np.diff(quantiles) < 0).any():
         msg = f"reference_quantiles must be {_QUANTILES} finite numbers in rising order, found {_describe(quantiles)}."

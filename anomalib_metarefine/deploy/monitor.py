@@ -6,13 +6,121 @@ state is in the results file, and the scores behind it are gone through again.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import math
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from anomalib_metarefine.deploy.drift import DriftMonitor, DynamicThreshold
+import numpy as np
+
+from anomalib_metarefine.deploy.drift import DriftMonitor, DriftState, checked_quantiles
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from anomalib_metarefine.deploy.detector import Detector
+
+
+@dataclass(frozen=True)
+class ThresholdMove:
+    """One move of the threshold.
+
+    Attributes:
+        count (int): Number of the image after which it moved.
+        old (float): Raw threshold before.
+        new (float): Raw threshold from the next image on.
+        reason (str): Why, for the log.
+        limited (bool): Whether a limit stopped it.
+    """
+
+    count: int
+    old: float
+    new: float
+    reason: str
+    limited: bool
+
+
+class DynamicThreshold:
+    """Moves the threshold with the window's median and inter-quartile range, within limits, while scores drift.
+
+    The rule is ``median + factor * (Q3 - Q1)``, with the factor by which the calibrated threshold stands above the
+    reference. The threshold moves only if the monitor says that scores have drifted, and the whole window is from after
+    that; at most once a window; and by more than three standard deviations of the rule's scatter between windows of
+    one distribution. It goes back to the calibrated one when the drift ends. Every move is returned.
+
+    It follows whatever more than a quarter of the images do, defects included: that is what the limits are for.
+
+    Args:
+        threshold (float): Calibrated, raw.
+        limits (tuple[float, float]): Lowest and highest raw threshold allowed, around the calibrated one.
+        reference_quantiles (Sequence[float]): As of the monitor.
+        window (int): As of the monitor.
+
+    Raises:
+        ValueError: If the limits do not hold the threshold, or the reference has no spread.
+    """
+
+    def __init__(
+        self,
+        threshold: float,
+        limits: tuple[float, float],
+        reference_quantiles: Sequence[float],
+        window: int = 500,
+    ) -> None:
+        low, high = map(float, limits)
+        if not low <= threshold <= high:
+            msg = f"Limits must hold the calibrated threshold {threshold:.6g}, found {low:.6g} to {high:.6g}."
+            raise ValueError(msg)
+        quantiles = checked_quantiles(reference_quantiles)
+        lower, median, upper = quantiles[25], quantiles[50], quantiles[75]
+        self.calibrated = self.threshold = float(threshold)
+        self._limits = (low, high)
+        self._window = int(window)
+        self._factor = (threshold - median) / (upper - lower)
+        # Windows drawn from the reference, with a seed of their own: how far does the rule move for no reason, in
+        # inter-quartile ranges? The threshold is of one window already, so the difference is of two.
+        drawn = np.random.default_rng(0).uniform(0, 100, (400, self._window))
+        windows = np.quantile(np.interp(drawn, np.arange(len(quantiles)), quantiles), [0.25, 0.5, 0.75], axis=1)
+        self._least = 3 * math.sqrt(2) * float(np.std(self._rule(windows))) / (upper - lower)
+        self._moved_at = 0
+
+    def _rule(self, quartiles: Sequence[float] | np.ndarray) -> float | np.ndarray:
+        lower, median, upper = quartiles
+        return median + self._factor * (upper - lower)
+
+    def update(self, state: DriftState) -> ThresholdMove | None:
+        """What the latest state of the monitor does to the threshold; ``None`` if nothing."""
+        if not state.drifted or state.since is None:
+            wanted, reason = self.calibrated, "drift has ended, back to the calibrated threshold"
+            limited = False
+        else:
+            begin = max(state.since, self._moved_at + 1)
+            if state.images < self._window or state.count - begin + 1 < self._window:
+                return None
+            followed = float(self._rule(state.quartiles))
+            lower, median, upper = state.quartiles
+            if abs(followed - self.threshold) <= self._least * (upper - lower):
+                return None
+            wanted = min(max(followed, self._limits[0]), self._limits[1])
+            limited = wanted != followed
+            reason = (
+                f"scores drifted {state.direction} since image {state.since}: median {median:.4g}, quartiles "
+                f"{lower:.4g} and {upper:.4g} of the last {state.images}"
+                + (", stopped by the limit" if limited else "")
+            )
+        if wanted == self.threshold:
+            return None
+        move = ThresholdMove(state.count, self.threshold, wanted, reason, limited)
+        self.threshold, self._moved_at = wanted, state.count
+        return move
+
+    def to_dict(self) -> dict[str, Any]:
+        """What changes, as JSON can hold it."""
+        return {"threshold": self.threshold, "moved_at": self._moved_at}
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Take over what `to_dict` gave; one with other limits may pull the threshold to the nearest of them."""
+        self.threshold = min(max(float(content["threshold"]), self._limits[0]), self._limits[1])
+        self._moved_at = int(content["moved_at"])
 
 
 class Monitor:

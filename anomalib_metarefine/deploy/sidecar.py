@@ -7,14 +7,20 @@ line are the files that were exported, are gone (upstream issue 2620 and pull re
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from anomalib_metarefine.images.reading import file_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SIDECAR = "metadata.json"
 SCHEMA = 1
+_MISSING = object()
 
 
 @dataclass
@@ -84,9 +90,17 @@ def read_sidecar(folder: Path | str) -> Sidecar:
     except (ValueError, KeyError, TypeError) as error:
         msg = f"{path} is not the metadata of an exported model ({error!r}). Export the model again."
         raise ValueError(msg) from error
+    if not _is_whole(schema):
+        msg = f"{path} must hold a whole number as schema, found {schema!r}. Export the model again."
+        raise ValueError(msg)
     if schema > SCHEMA:
         msg = f"{path} has schema {schema}, but this version of anomalib-metarefine knows up to {SCHEMA}. Update it."
         raise ValueError(msg)
+    for name, (is_right, expected) in _EXPECTED.items():
+        found = _at(content, name)
+        if found is not _MISSING and not is_right(found):
+            msg = f"{path} must hold {expected} as {name}, found {str(found)[:80]!r}. Export the model again."
+            raise ValueError(msg)
     names = {entry.name for entry in fields(Sidecar)}
     try:
         return Sidecar(**{name: value for name, value in content.items() if name in names})
@@ -109,9 +123,66 @@ def verify_files(folder: Path | str, sidecar: Sidecar) -> None:
             raise ValueError(msg)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: object, least: int = 0, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_block(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, dict) and all(number is None or _is_number(number) for number in value.values())
+
+
+def _are_hashes(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _are_sides(value: object) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 2 and all(_is_whole(side, 1) for side in value)
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _is_band(value: object) -> bool:
+    return isinstance(value, dict) and _is_number(value.get("lower")) and _is_number(value.get("upper"))
+
+
+# What is read of the file, by its place; anything else in it is for people.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (_is_block, "a block"),
+    "model.format": (lambda value: isinstance(value, str), "a text"),
+    "files": (_are_hashes, "texts by file name"),
+    "input": (_is_block, "a block"),
+    "input.accepts": (lambda value: value == "any" or (_are_sides(value) and len(value) == 2), '"any" or [h, w]'),
+    "input.size": (lambda value: value is None or _are_sides(value), "one or two sides or null"),
+    "input.antialias": (lambda value: isinstance(value, bool), "true or false"),
+    "input.bit_depth": (lambda value: value is None or _is_whole(value, 1, 32), "1 to 32 or null"),
+    "image_score": (_is_scale, "numbers or null"),
+    "anomaly_map": (_is_scale, "numbers or null"),
+    "calibration": (lambda value: value is None or _is_block(value), "a block or null"),
+    "calibration.images": (_is_whole, "a whole number"),
+    "calibration.set_aside": (_is_whole, "a whole number"),
+    "calibration.quantiles": (_are_numbers, "numbers"),
+    "calibration.uncertain": (lambda value: value is None or _is_band(value), "numbers lower and upper or null"),
+    "training": (_is_block, "a block"),
+    "versions": (_is_block, "a block"),
+}
+
+
+def _at(content: Any, place: str) -> Any:  # noqa: ANN401
+    for name in place.split("."):
+        if not isinstance(content, dict) or name not in content:
+            return _MISSING
+        content = content[name]
+    return content
 
 
 def _without_nan(value: Any) -> Any:  # noqa: ANN401

@@ -289,12 +289,9 @@ def check_settings(false_alarm_rate: float, confidence: float, uncertain_share: 
     Raises:
         ValueError: If one is.
     """
-    for name, value, low, high in (
-        ("false_alarm_rate", false_alarm_rate, 0.0, 0.5),
-        ("uncertain_share", uncertain_share, 0.0, 0.5),
-    ):
-        if not low < value < high:
-            msg = f"{name} must be a share above {low:g} and below {high:g}, found {value}."
+    for name, value in {"false_alarm_rate": false_alarm_rate, "uncertain_share": uncertain_share}.items():
+        if not 0 < value < 0.5:
+            msg = f"{name} must be a share above 0 and below 0.5, found {value}."
             raise ValueError(msg)
     if not 0.5 <= confidence < 1:
         msg = f"confidence must be at least 0.5 and below 1, found {confidence}."

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter, deque
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.deploy.arrivals import Arrival, Folder, Lines, Rules, Seen
-from anomalib_metarefine.deploy.detector import DECISIONS, Detector, Prediction
+from anomalib_metarefine.deploy.detector import Detector, Prediction
 from anomalib_metarefine.deploy.journal import Journal, Printer, Results
 from anomalib_metarefine.deploy.monitor import Monitor, Recovery
 from anomalib_metarefine.deploy.overlay import write_overlay
 from anomalib_metarefine.deploy.pipeline import ChangingFileError, Job, Pipeline
 from anomalib_metarefine.deploy.stopping import stop_on_signals
+from anomalib_metarefine.deploy.summary import Summary, in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 STANDARD = "-"  # standard input or output in place of a path
 _STATE_EVERY = 1_000  # images from one saved state of the monitor to the next
-_LATENCIES = 1_000  # of the last images, for the summary
 _NAP_S = 0.1  # at most, so that a signal to stop is soon seen
 _TELL_S = 0.5  # between updates of the line on the screen
 _LISTING_SHARE = 4  # the pause is this many times what listing the folder took
@@ -65,37 +63,6 @@ class WatchSettings:
         """What scores of earlier runs must have in common with this one's, for the monitor to go on from them."""
         limits = self.dynamic_threshold
         return {"drift": self.drift, "dynamic_threshold": list(limits) if limits is not None else None}
-
-
-@dataclass
-class Summary:
-    """What was done since the start.
-
-    Attributes:
-        decisions (Counter[str]): Images by decision, those that can't be read as ``"unreadable"``.
-        before (int): Images that an earlier run had done.
-        events (Counter[str]): Events of drift and threshold.
-        latencies (deque[float]): Of the last images, in milliseconds.
-        started (float): On the clock of ``time.monotonic``.
-    """
-
-    decisions: Counter[str] = field(default_factory=Counter)
-    before: int = 0
-    events: Counter[str] = field(default_factory=Counter)
-    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=_LATENCIES))
-    started: float = field(default_factory=time.monotonic)
-
-    def __str__(self) -> str:
-        total = self.decisions.total()
-        text = f"{total} image{'' if total == 1 else 's'} in {time.monotonic() - self.started:.0f} s"
-        for decision in (*DECISIONS, "unreadable"):
-            text += f", {self.decisions[decision]} {decision}"
-        if self.latencies:
-            p50, p95 = np.percentile(self.latencies, [50, 95])
-            text += f"; inference p50 {p50:.1f} ms, p95 {p95:.1f} ms"
-        for event, count in self.events.items():
-            text += f"; {count} {event} event{'s' if count > 1 else ''}"
-        return text
 
 
 def watch(detector: Detector, source: str | Path, out: str | Path, settings: WatchSettings | None = None) -> Summary:
@@ -210,10 +177,11 @@ class _Watch:
             self._results.append(*records)
             return
         self._say("The results file was renamed or emptied; a new one is begun.")
+        self._results.append(self._start())
         done = self._source.processed()
-        while part := [list(arrival) for arrival in islice(done, _STATE_EVERY)]:
-            records = ({"event": "earlier", "images": part}, *records)
-        self._results.append(self._start(), *records, self._state())
+        while part := list(islice(done, _STATE_EVERY)):
+            self._results.append({"event": "earlier", "images": part})
+        self._results.append(*records, self._state())
 
     def _recover(self, recovery: Recovery) -> list[dict[str, Any]]:
         try:
@@ -229,7 +197,9 @@ class _Watch:
             if isinstance(job.error, ChangingFileError) or not self._source.gives_up(job.arrival, job.error):
                 return
             self._summary.decisions["unreadable"] += 1
-            self._write({**_about(job), "decision": None, "error": _why(job.error), "time": now()})
+            self._write(
+                {**_about(job), "decision": None, "error": str(job.error) or type(job.error).__name__, "time": now()}
+            )
             self._note(job)
             return
         prediction, threshold = job.prediction, self._monitor.threshold
@@ -253,7 +223,8 @@ class _Watch:
         self._summary.decisions[decision] += 1
         self._summary.latencies.append(line["latency_ms"])
         for event in events:
-            self._tell_event(event)
+            self._summary.events[event["event"]] += 1
+            self._say(in_words(event))
 
     def _note(self, job: Job) -> None:
         self._seen.add(job.arrival)
@@ -276,18 +247,6 @@ class _Watch:
     def _state(self) -> dict[str, Any]:
         self._since_state = 0
         return {"event": "state", "monitor": self._monitor.to_dict()}
-
-    def _tell_event(self, event: dict[str, Any]) -> None:
-        self._summary.events[event["event"]] += 1
-        if event["event"] == "threshold":
-            text = f"The threshold moved from {event['old']:.6g} to {event['new']:.6g}: {event['reason']}."
-        elif event["drifted"]:
-            lower, median, upper = event["quartiles"]
-            text = f"Warning: scores have drifted {event['direction']} since image {event['since']}: "
-            text += f"median {median:.6g}, quartiles {lower:.6g} and {upper:.6g} of the last {event['images']} images."
-        else:
-            text = f"The drift has ended, at image {event['count']}."
-        self._say(text)
 
     def _tell_trouble(self) -> None:
         if self._source.reachable != self._reachable:
@@ -325,16 +284,9 @@ def _about(job: Job) -> dict[str, Any]:
     return {**job.arrival._asdict(), "sha256": job.sha256}
 
 
-def _why(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
 def _check(source: str | Path, settings: WatchSettings) -> None:
-    for name, value in [
-        ("poll", settings.poll),
-        ("settle", settings.rules.settle),
-        ("patience", settings.rules.patience),
-    ]:
+    times = {"poll": settings.poll, "settle": settings.rules.settle, "patience": settings.rules.patience}
+    for name, value in times.items():
         if not value >= 0:
             msg = f"{name} must be at least 0 seconds, found {value}."
             raise ValueError(msg)

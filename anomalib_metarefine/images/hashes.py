@@ -6,20 +6,18 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anomalib_metarefine.images.reading import file_hash
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
 def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hex; empty if it can't be read."""
-    digest = hashlib.sha256()
     try:
-        with Path(path).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+        return file_hash(path)
     except OSError:
         return ""
-    return digest.hexdigest()
 
 
 def data_sha256(image_paths: Iterable[str], hashes: Iterable[str]) -> str:

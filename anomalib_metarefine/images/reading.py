@@ -158,6 +158,15 @@ def read_bytes(path: str | Path) -> bytes:
     return content
 
 
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file of any size and kind, hex, as `ImageFile.sha256` has it; raises OSError."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def decode_image(content: bytes, name: str = "The data", bit_depth: int | None = None) -> ImageFile:
     """Decode the content of an image file that messages call ``name``; see `read_image`."""
     check_bit_depth(bit_depth)

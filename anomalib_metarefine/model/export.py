@@ -11,11 +11,12 @@ from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torch import nn
-from torchvision.transforms.v2 import Compose, Resize
+from torchvision.transforms.v2 import Compose, InterpolationMode, Resize
 
-from anomalib_metarefine.deploy.sidecar import Sidecar, file_hash, write_sidecar
+from anomalib_metarefine.deploy.sidecar import Sidecar, write_sidecar
 from anomalib_metarefine.features.resize import exact_export_transform
 from anomalib_metarefine.images.hashes import data_sha256
+from anomalib_metarefine.images.reading import file_hash
 from anomalib_metarefine.logs import quiet
 from anomalib_metarefine.model.graph import check_batch
 from anomalib_metarefine.model.post_processor import FrozenPostProcessor, score_scales
@@ -107,7 +108,7 @@ def export_model(
             )  # fmt: skip
     if kind != "torch":
         check_batch(path)
-    write_metadata(model, path, kind, precision_of(compression), input_size)
+    write_metadata(model, path, kind, precision_of(compression), input_size, exact_resize)
     return path
 
 
@@ -117,7 +118,12 @@ def precision_of(compression: CompressionType | None) -> str:
 
 
 def write_metadata(
-    model: AnomalibModule, path: Path, kind: str, precision: str, input_size: tuple[int, int] | None
+    model: AnomalibModule,
+    path: Path,
+    kind: str,
+    precision: str,
+    input_size: tuple[int, int] | None,
+    exact_resize: bool = True,
 ) -> Path:
     """Write ``metadata.json`` beside an exported model.
 
@@ -127,16 +133,19 @@ def write_metadata(
         kind (str): See `sidecar_of`.
         precision (str): See `sidecar_of`.
         input_size (tuple[int, int] | None): See `sidecar_of`.
+        exact_resize (bool): See `sidecar_of`.
 
     Returns:
         Path: Of the metadata.
     """
-    sidecar = sidecar_of(model, kind, precision, input_size)
+    sidecar = sidecar_of(model, kind, precision, input_size, exact_resize)
     sidecar.files = {file.name: file_hash(file) for file in sorted(path.parent.glob(f"{path.stem}.*"))}
     return write_sidecar(path.parent, sidecar)
 
 
-def sidecar_of(model: AnomalibModule, kind: str, precision: str, input_size: tuple[int, int] | None) -> Sidecar:
+def sidecar_of(
+    model: AnomalibModule, kind: str, precision: str, input_size: tuple[int, int] | None, exact_resize: bool = True
+) -> Sidecar:
     """What ``metadata.json`` of an exported model must say, but for the hashes of its files.
 
     Args:
@@ -144,6 +153,7 @@ def sidecar_of(model: AnomalibModule, kind: str, precision: str, input_size: tup
         kind (str): ``"openvino"``, ``"onnx"`` or ``"torch"``.
         precision (str): ``"FP32"``, ``"FP16"`` or ``"INT8"``.
         input_size (tuple[int, int] | None): Height and width of the images that the graph accepts; ``None`` means any.
+        exact_resize (bool): Whether the graph resizes as the training does.
     """
     has_scales = isinstance(model.post_processor, PostProcessor)
     image_score, anomaly_map = score_scales(model.post_processor) if has_scales else ({}, {})
@@ -160,6 +170,7 @@ def sidecar_of(model: AnomalibModule, kind: str, precision: str, input_size: tup
             "colour_order": "RGB",
             "value_range": [0.0, 1.0],
             "size": _resized_to(getattr(model.pre_processor, "transform", None)),
+            "antialias": exact_resize and _begins_antialiased(getattr(model.pre_processor, "transform", None)),
             "accepts": list(input_size) if input_size else "any",
             "bit_depth": getattr(model, "provenance", {}).get("bit_depth"),
         },
@@ -245,6 +256,19 @@ def _resized_to(transform: nn.Module | None) -> list[int] | None:
     parts = transform.transforms if isinstance(transform, Compose) else [transform]
     sizes = [list(part.size) for part in parts if isinstance(part, Resize)]
     return sizes[0] if sizes else None
+
+
+def _begins_antialiased(transform: nn.Module | None) -> bool:
+    """Whether images may as well be resized before the graph: first an antialiased bilinear resize, and no other."""
+    parts = list(transform.transforms) if isinstance(transform, Compose) else [transform]
+    first, *rest = parts or [None]
+    return (
+        isinstance(first, Resize)
+        and first.antialias is True
+        and first.interpolation in ("bilinear", InterpolationMode.BILINEAR)
+        and len(first.size or ()) == 2
+        and not any(isinstance(part, Resize) for part in rest)
+    )
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from anomalib_metarefine.deploy.sidecar import Sidecar, file_hash, write_sidecar
+from anomalib_metarefine.deploy.sidecar import Sidecar, write_sidecar
+from anomalib_metarefine.images.reading import file_hash
 
 RAW = {"threshold": 10.0, "minimum": 0.0, "maximum": 20.0, "normalized_threshold": 0.5}
 

@@ -8,14 +8,15 @@ import openvino as ov
 import pytest
 import torch
 from PIL import ExifTags, Image
+from torchvision.transforms.v2 import Resize
 
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
-from anomalib_metarefine.deploy import detector as runtime
 from anomalib_metarefine.deploy.arrivals import look
-from anomalib_metarefine.deploy.detector import Detector
+from anomalib_metarefine.deploy.detector import Detector, resized
 from anomalib_metarefine.deploy.pipeline import Pipeline
 from anomalib_metarefine.deploy.sidecar import read_sidecar, write_sidecar
 from anomalib_metarefine.images.reading import read_image
+from anomalib_metarefine.model.export import export_model
 from tests.deploy.conftest import brightness_model, brightness_onnx, pixels
 
 
@@ -118,14 +119,47 @@ class TestDecisions:
         np.testing.assert_allclose(scores, image[..., 0], rtol=1e-6)
 
 
-def test_sizes_come_and_go(brightness, monkeypatch):
-    monkeypatch.setattr(runtime, "_SIZES_KEPT", 2)
+def test_sizes_come_and_go(brightness):
     detector = Detector(brightness, streams=2)
     images = [pixels(60 + i, size=(16 + 2 * (i % 4), 16 + 3 * (i % 5)), seed=i) for i in range(40)]
     answers = [detector.submit(image) for image in images]
     wait(answers)
     assert [answer.result().score for answer in answers] == pytest.approx([image.mean() for image in images])
-    assert len(detector._networks) == 2
+
+
+SIZES = ((128, 128), (200, 640), (640, 200), (97, 1500), (300, 300), (1024, 1024), (50, 61), (128, 300))
+
+
+def test_resizing_before_the_network_scores_as_the_graph_does(trained):
+    """One network for all sizes, where ``metadata.json`` says that the graph begins with just that resize."""
+    detector = Detector(trained.folder)
+    assert detector.sidecar.input["antialias"] is True
+    network = ov.Core().compile_model(trained.folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for file, size in zip(real_files(len(SIZES)), SIZES, strict=True):
+        image = np.ascontiguousarray(cv2.resize(read_image(file).pixels, size[::-1], interpolation=cv2.INTER_CUBIC))
+        answer = network(image.transpose(2, 0, 1)[None])
+        found = detector.predict(image, anomaly_map=True)
+        assert found.score == pytest.approx(answer["pred_score"].item(), abs=1e-5)
+        np.testing.assert_allclose(found.anomaly_map, answer["anomaly_map"][0, 0], atol=1e-4)
+        assert found.score == pytest.approx(torch_score(trained.model, image.transpose(2, 0, 1)[None]), rel=1e-3)
+
+
+def test_the_resize_is_that_of_the_training():
+    image = np.random.default_rng(0).uniform(0, 1, (201, 333, 3)).astype(np.float32)
+    for size in ((64, 64), (256, 128), (400, 500)):
+        wanted = Resize(size, antialias=True)(torch.from_numpy(image).permute(2, 0, 1)).numpy()
+        np.testing.assert_allclose(resized(image, size), wanted, atol=3e-5)
+
+
+def test_a_graph_that_resizes_otherwise_is_left_to_it(trained, tmp_path):
+    """Its own resize is not antialiased, so resizing before it would give other scores than its checkpoint's."""
+    folder = export_model(trained.model, tmp_path, exact_resize=False).parent
+    detector = Detector(folder)
+    network = ov.Core().compile_model(folder / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    image = read_image(real_files(1)[0]).pixels
+    score = detector.predict(image).score
+    assert score == pytest.approx(network(image.transpose(2, 0, 1)[None])["pred_score"].item(), abs=1e-6)
+    assert abs(score - Detector(trained.folder).predict(image).score) > 1e-4
 
 
 class TestRefuses:
@@ -138,7 +172,7 @@ class TestRefuses:
     def test_a_threshold_that_is_no_number(self, brightness, threshold):
         text = (brightness / "metadata.json").read_text()
         (brightness / "metadata.json").write_text(text.replace('"threshold": 10.0', f'"threshold": {threshold}'))
-        with pytest.raises(ValueError, match=r"metadata\.json must hold numbers in image_score"):
+        with pytest.raises(ValueError, match=r"metadata\.json must hold numbers or null as image_score"):
             Detector(brightness)
 
     def test_an_empty_folder(self, tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_metarefine.deploy.bets import Bets
-from anomalib_metarefine.deploy.drift import DriftMonitor, DriftState, DynamicThreshold
+from anomalib_metarefine.deploy.drift import DriftMonitor, DriftState
+from anomalib_metarefine.deploy.monitor import DynamicThreshold
 from anomalib_metarefine.deploy.threshold import calibrate
 
 QUANTILES = np.linspace(0, 1, 101)  # of uniform scores

@@ -3,15 +3,18 @@ import math
 
 import pytest
 
+from anomalib_metarefine.deploy.detector import Detector
+from anomalib_metarefine.deploy.monitor import Monitor
 from anomalib_metarefine.deploy.sidecar import (
     SCHEMA,
     SIDECAR,
     Sidecar,
-    file_hash,
     read_sidecar,
     verify_files,
     write_sidecar,
 )
+from anomalib_metarefine.images.reading import file_hash
+from tests.deploy.conftest import pixels
 
 SCALE = {"threshold": 10.0, "minimum": 2.0, "maximum": 22.0, "normalized_threshold": 0.5}
 
@@ -75,3 +78,50 @@ def test_broken_metadata(tmp_path, content):
 def test_no_metadata(tmp_path):
     with pytest.raises(FileNotFoundError, match="anomalib export"):
         read_sidecar(tmp_path)
+
+
+WRONG = [3, "text", [1, "a"], {"a": {}}, True, [[1]], math.nan, -1, 2.5]
+PLACES = ["schema", "model", "model.format", "files", "files.model.xml", "input", "input.accepts", "input.size"]
+PLACES += ["input.antialias", "input.bit_depth", "image_score", "image_score.threshold", "anomaly_map"]
+PLACES += ["calibration", "calibration.quantiles", "calibration.images", "calibration.set_aside"]
+PLACES += ["calibration.uncertain", "calibration.uncertain.lower", "training", "versions"]
+
+
+def block_of(content, place):
+    """The block that a place lies in, and its name there."""
+    *blocks, name = place.split(".", 1 if place.startswith("files.") else -1)
+    for block in blocks:
+        content = content[block]
+    return content, name
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_whatever_is_wrong_in_it_is_told_in_a_sentence(brightness, place):
+    """The line starts, as the value is fine after all, or says what is wrong; no other error, now or at an image."""
+    path = brightness / SIDECAR
+    whole = path.read_text()
+    told = 0
+    for value in WRONG:
+        content = json.loads(whole)
+        block, name = block_of(content, place)
+        block[name] = value
+        path.write_text(json.dumps(content))
+        try:
+            detector = Detector(brightness, verify=place.startswith("files"))
+            monitor = Monitor(detector, {})
+            monitor.update(detector.predict(pixels(100)).raw_score)
+        except ValueError as error:
+            assert str(error).endswith(".")  # noqa: PT017
+            told += 1
+    assert told >= 4, place
+
+
+@pytest.mark.parametrize("place", ["files", "input", "image_score", "calibration.images", "model"])
+def test_what_is_missing_is_told_in_a_sentence(brightness, place):
+    path = brightness / SIDECAR
+    content = json.loads(path.read_text())
+    block, name = block_of(content, place)
+    del block[name]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"metadata\.json lacks .*{name}.*Export the model again\."):
+        Monitor(Detector(brightness), {})

@@ -16,7 +16,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from anomalib_metarefine import Contaminated, MetaRefine
-from anomalib_metarefine.deploy.sidecar import file_hash, read_sidecar
+from anomalib_metarefine.deploy.sidecar import read_sidecar
+from anomalib_metarefine.images.reading import file_hash
 from anomalib_metarefine.model.calibration import raw_scores
 from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.model.initialisation import SharedInitialisation, learn_shared

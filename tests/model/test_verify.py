@@ -10,8 +10,8 @@ import torch
 
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
-from anomalib_metarefine.deploy.sidecar import SIDECAR, file_hash
-from anomalib_metarefine.images.reading import read_image
+from anomalib_metarefine.deploy.sidecar import SIDECAR
+from anomalib_metarefine.images.reading import file_hash, read_image
 from anomalib_metarefine.model.calibration import calibrate_checkpoint, raw_scores
 from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.model.export import export_model
