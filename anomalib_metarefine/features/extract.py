@@ -105,4 +105,13 @@ def _loaded(
 
 
 def _resized(image: ImageFile | None, transform: Compose) -> torch.Tensor | None:
-    return None if image is None else transform(torch.from_numpy(image.pixels).permute(2, 0, 1))
+    return None if image is None else transform(_as_tensor(image))
+
+
+def image_tensor(path: str | Path, bit_depth: int | None = None) -> torch.Tensor:
+    """An image file as a tensor ``[3 x H x W]`` in [0, 1], see `read_image`."""
+    return _as_tensor(read_image(path, bit_depth))
+
+
+def _as_tensor(image: ImageFile) -> torch.Tensor:
+    return torch.from_numpy(image.pixels).permute(2, 0, 1)

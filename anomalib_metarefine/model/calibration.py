@@ -11,7 +11,8 @@ import torch
 from anomalib.post_processing import PostProcessor
 
 from anomalib_metarefine.deploy.threshold import Calibration, calibrate, check_settings
-from anomalib_metarefine.images.reading import check_images, read_image
+from anomalib_metarefine.features.extract import image_tensor
+from anomalib_metarefine.images.reading import check_images
 from anomalib_metarefine.model.checkpoints import KEY, additions, load_checkpoint, new_file, read_checkpoint
 from anomalib_metarefine.model.evaluation import Detection, detect
 from anomalib_metarefine.progress import progress_bars
@@ -76,7 +77,7 @@ def raw_scores(
         task = bars.add_task("scoring images", total=len(paths))
         for start in range(0, len(paths), _BATCH):
             part = paths[start : start + _BATCH]
-            images = [torch.from_numpy(read_image(path).pixels).permute(2, 0, 1) for path in part]
+            images = [image_tensor(path) for path in part]
             images = [transform(change(image)) for image in images]
             output = model.model(torch.stack(images).to(model.device))
             highest = None if output.anomaly_map is None else output.anomaly_map.flatten(1).amax(1)

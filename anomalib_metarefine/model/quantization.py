@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from anomalib.data.utils import read_image
 from torch import nn
 
+from anomalib_metarefine.features.extract import image_tensor
 from anomalib_metarefine.features.resize import ExactResize
 from anomalib_metarefine.logs import quiet
 
@@ -48,7 +48,7 @@ def quantize(network: ov.Model, images: Sequence[str | Path]) -> ov.Model:
     with quiet("nncf"):  # a line for every operation otherwise
         return nncf.quantize(
             network,
-            nncf.Dataset(images, lambda path: resize(read_image(path, as_tensor=True)).unsqueeze(0).numpy()),
+            nncf.Dataset(images, lambda path: resize(image_tensor(path)).unsqueeze(0).numpy()),
             ignored_scope=nncf.IgnoredScope(names=_kept_in_float(network)),
             subset_size=len(images),
         )
