@@ -2,10 +2,12 @@
 
 import importlib.util
 import inspect
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import anomalib.data
@@ -185,10 +187,13 @@ def test_the_picture_of_the_review_is_small():
 def test_start_from_the_first_line_to_the_last(tmp_path):
     """Everything on the page, in order, but the installation and the page of the review."""
     page = (ROOT / "docs/start.md").read_text(encoding="utf-8")
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         if "venv" in block or block == "metarefine review line7-curation\n":
             continue
         command = ["python", "-c", block] if language == "python" else ["bash", "-ec", block]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "PATH": programs}
+        )
         assert done.returncode == 0, block + done.stdout + done.stderr
     assert len((tmp_path / "line7.jsonl").read_text().splitlines()) > 150
