@@ -99,7 +99,7 @@ class Settings:
     rule: str = _setting("auto", "refinement", "rejection rule, with its settings if need be; see docs/rules.md")
     rounds: int = _setting(4, "refinement", "rounds of refinement at most; 0 trains on everything", least=0)
     patch_fence: float = _setting(
-        2.5, "refinement", "spreads from which on a region of a kept image is not learned from; 0 learns from all",
+        3.0, "refinement", "spreads from which on a region of a kept image is not learned from; 0 learns from all",
         least=0,
     )  # fmt: skip
 
