@@ -121,6 +121,9 @@ def run_rounds(
 
     Returns:
         Rounds: Decisions and history.
+
+    Raises:
+        ValueError: If a person rejected every image.
     """
     kept = _answered(np.ones(count, dtype=bool), answers)
     scales = score(kept)
@@ -150,9 +153,18 @@ def _at_least_half(kept: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def _answered(kept: np.ndarray, answers: Mapping[int, bool] | None) -> np.ndarray:
-    for image, keep in (answers or {}).items():
+    """A mask with a person's answers in it. If it then keeps nothing, what nobody decided on is kept."""
+    answers = answers or {}
+    rejected = [image for image, keep in answers.items() if not keep]
+    if len(rejected) == len(kept):
+        msg = f"{len(rejected)} of {len(kept)} images were rejected by a person. Expected at least one to keep."
+        raise ValueError(msg)
+    for image, keep in answers.items():
         kept[image] = keep
-    return kept if kept.any() else ~kept
+    if not kept.any():
+        kept[:] = True
+        kept[rejected] = False
+    return kept
 
 
 def record(

@@ -1,7 +1,8 @@
 import json
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anomalib_metarefine.refinement.rounds import Refinement, record, run_rounds
@@ -63,10 +64,18 @@ def test_half_of_the_images_are_kept_whatever_a_rule_says(images):
 
 
 @given(st.dictionaries(st.integers(0, 7), st.booleans(), min_size=1))
+@example({0: False, 1: False, 2: False, 3: False})  # all that the rule would keep
 def test_neither_rule_nor_the_limit_moves_what_a_person_decided(answers):
-    found = run_rounds(lambda _kept: Scales(np.arange(8.0)), 8, ShareFence(share=0.5), 3, answers)
-    if not all(not keep for keep in answers.values()) or len(answers) < 8:
-        assert all(found.kept[image] == keep for image, keep in answers.items())
+    def refine():
+        return run_rounds(lambda _kept: Scales(np.arange(8.0)), 8, ShareFence(share=0.5), 3, answers)
+
+    if len(answers) == 8 and not any(answers.values()):
+        with pytest.raises(ValueError, match="8 of 8 images were rejected by a person"):
+            refine()
+        return
+    found = refine()
+    assert found.kept.any()
+    assert all(found.kept[image] == keep for image, keep in answers.items())
 
 
 def test_a_record_survives_json():
