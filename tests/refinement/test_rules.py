@@ -192,8 +192,10 @@ def test_spec_that_cannot_be_used_says_what_was_found_and_what_is_expected(spec,
 
 
 @all_rules
-def test_every_rule_has_its_section_in_the_docs(name):
+def test_every_rule_has_its_section_and_its_breakdown_point_in_the_docs(name):
     page = (Path(__file__).parents[2] / "docs" / "rules.md").read_text(encoding="utf-8")
-    (section,) = re.findall(rf"^## `{name}`.*?(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL)
-    assert "Breakdown point" in section
+    (section,) = re.findall(rf"^## {name}$.*?(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL)
     assert RULES[name].__name__ in section
+    (row,) = re.findall(rf"^\|[^|]*\b{name}\b[^|]*\|.*\|(.*)\|$", page, flags=re.MULTILINE)
+    expected = {"count": "count / N", "share": "share"}.get(name, f"{BREAKDOWN[name] or 0:.0%}".replace("%", " %"))
+    assert expected in row
