@@ -30,8 +30,7 @@ _NEIGHBOURS = np.array([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))], dt
 def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
     """Patches that are about as far from their like as other patches of the same place.
 
-    The spread of a place is read off the side that anomalies cannot touch, below the median. Half of the patches of a
-    place always pass.
+    Half of the patches of a place always pass, see `place_scale`.
 
     Args:
         distances (np.ndarray): ``[N x P]`` distance of each patch to the nearest like it, from 0 up.
@@ -49,8 +48,17 @@ def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
     if len(distances) < FEWEST_IMAGES:
         return np.ones(distances.shape, dtype=bool)
     logs = np.log(np.maximum(distances, np.finfo(np.float32).tiny))
+    median, spread = place_scale(logs)
+    return logs <= median + fence * spread
+
+
+def place_scale(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median and spread of the logarithms of distances ``[N x P]`` at every place, ``[P]`` each.
+
+    The spread is read off the side that anomalies cannot touch, below the median.
+    """
     low, median = np.quantile(logs, [_ONE_SIGMA, 0.5], axis=0)
-    return logs <= median + fence * np.maximum(median - low, _LEAST_SPREAD)
+    return median, np.maximum(median - low, _LEAST_SPREAD)
 
 
 def outside_regions(usual: np.ndarray, grid: tuple[int, int], least: int) -> np.ndarray:

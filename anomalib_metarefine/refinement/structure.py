@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from scipy.stats import spearmanr
 
+from anomalib_metarefine.refinement.patches import place_scale
+
 if TYPE_CHECKING:
     import torch
 
@@ -46,7 +48,6 @@ _BELONGS = 0.5  # and one with more is, however usual it is
 _FEWEST = 5  # images of a variant
 _LEAST_SHARE = 0.02  # of the images
 _FEWEST_IMAGES = 20  # fewer say nothing of a folder
-_LEAST_SPREAD = 0.05  # of log distances: places that look the same in all images have no spread at all
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,8 @@ def _split_half(neighbours: NearestImages, tail: float, generator: np.random.Gen
 def _variants(distances: torch.Tensor, nearest: np.ndarray) -> np.ndarray:
     """Number of each image's variant ``[N]``, from patch distances ``[N x P]`` and the nearest image of every patch."""
     logs = distances.clamp_min(1e-6).log().numpy()
-    low, median = np.quantile(logs, [0.1587, 0.5], axis=0)  # one standard deviation of a normal distribution below
-    elsewhere = np.median((logs - median) / np.maximum(median - low, _LEAST_SPREAD), axis=1)
+    median, spread = place_scale(logs)
+    elsewhere = np.median((logs - median) / spread, axis=1)
     group = elsewhere > _EVERYWHERE
     group &= group[nearest].mean(1) > _STRANGER
     fewest = max(_FEWEST, _LEAST_SHARE * len(group))
