@@ -10,6 +10,8 @@ import hashlib
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from anomalib_metarefine.rule_settings import parse_rule
+
 Part = Literal["density", "meta", "score", "refinement"]
 
 
@@ -33,7 +35,7 @@ class Settings:
 
     Raises:
         TypeError: If there is no setting of that name.
-        ValueError: If a value is of the wrong type or out of range.
+        ValueError: If a value is of the wrong type or out of range, or there is no such rule.
 
     Example:
         >>> Settings(shrinkage=5)
@@ -107,6 +109,7 @@ class Settings:
         types = get_type_hints(type(self))
         for one in fields(self):
             _check(one, types[one.name], getattr(self, one.name))
+        parse_rule(self.rule)
         if self.likelihood_weight + self.neighbour_weight <= 0:
             msg = "likelihood_weight and neighbour_weight are both 0: one of them must be above 0."
             raise ValueError(msg)

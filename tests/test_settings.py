@@ -4,6 +4,9 @@ from dataclasses import fields
 import pytest
 
 from anomalib_metarefine import MetaRefine
+from anomalib_metarefine.curation.curate import curate
+from anomalib_metarefine.refinement.rules import RULES
+from anomalib_metarefine.rule_settings import RULE_SETTINGS
 from anomalib_metarefine.settings import Settings, parse_settings, seed_for, setting_help, setting_names
 
 
@@ -42,9 +45,25 @@ def test_what_cannot_be_used_says_what_was_found_and_what_is_expected(wrong, mes
         MetaRefine(pre_trained=False, **wrong)
 
 
-def test_a_rule_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="no rejection rule"):
-        MetaRefine(pre_trained=False, rule="nonsense")
+@pytest.mark.parametrize(
+    ("rule", "message"), [("nonsense", "no rejection rule"), ("share:0.65", "half of them are always kept")]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rule: Settings(rule=rule),
+        lambda rule: parse_settings([f"rule={rule}"]),
+        lambda rule: MetaRefine(pre_trained=False, rule=rule),
+        lambda rule: curate("nowhere", rule=rule),
+    ],
+)
+def test_a_rule_that_is_none_is_refused_wherever_it_is_set(make, rule, message):
+    with pytest.raises(ValueError, match=message):
+        make(rule)
+
+
+def test_every_rule_has_its_settings():
+    assert set(RULES) == set(RULE_SETTINGS)
 
 
 @pytest.mark.parametrize("text", ["shrinkage=5", "tail=-1", "rounds=-3", "rounds=many", "nonsense=1", "rounds"])

@@ -27,6 +27,10 @@ def _convert(options: argparse.Namespace) -> int:
     settings = {"extensions": tuple(options.extensions)} if options.extensions else {}
     written, unreadable = convert(options.data, options.to, options.bit_depth, **settings)
     print(f"{options.to.resolve()}: {len(written)} images. The originals are as they were.")
+    if options.bit_depth:
+        print(
+            f"Train MetaRefine on them with --model.bit_depth {options.bit_depth}: the line's files are then read so."
+        )
     for name, reason in list(unreadable.items())[:SHOWN]:
         print(f"metarefine: not converted: {name}: {reason}", file=sys.stderr)
     if len(unreadable) > SHOWN:

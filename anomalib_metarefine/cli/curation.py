@@ -37,6 +37,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> int:
     if options.mvtec:
         require(options.mvtec, "a category folder in MVTec layout")
+    Settings(rule=options.rule)
     from anomalib_metarefine.demo import DemoSettings, run_demo
 
     names = ["out", "cell_type", "mvtec", "contamination", "train_images", "seeds", "training", "rule"]

@@ -29,6 +29,7 @@ from anomalib_metarefine.images.sources import EXTENSIONS, listing
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import Result, refine_images
 from anomalib_metarefine.refinement.rules import get_rule, q_values
+from anomalib_metarefine.rule_settings import AutoSettings
 from anomalib_metarefine.settings import Settings
 
 if TYPE_CHECKING:
@@ -126,7 +127,6 @@ def curate(
         >>> Engine().train(Padim(), datamodule=curation.manifest.datamodule(test=my_datamodule))  # doctest: +SKIP
     """
     chosen = Settings(**settings)
-    get_rule(chosen.rule)
     with progress_bars(progress) as bars:
         network = Backbone(backbone, layers)
         gathered = gather(
@@ -154,7 +154,7 @@ def curate(
         seconds["refinement"] = time.perf_counter() - begin
         begin = time.perf_counter()
         names = source.names
-        table = _decide(result, decided)
+        table = _decide(result, decided, getattr(get_rule(chosen.rule), "tail", AutoSettings.tail))
         table.insert(0, "image_path", [names[row] for row in rows])
         evidence = gather_evidence(result, table.image_path.tolist(), _to_show(table))
         seconds["evidence"] = time.perf_counter() - begin
@@ -210,11 +210,11 @@ def _known(decisions: Decisions | Sequence[Decisions] | None, facts: dict[str, I
     return dict(zip(hashes, table.decision, strict=True))
 
 
-def _decide(result: Result, decided: dict[int, str]) -> pd.DataFrame:
+def _decide(result: Result, decided: dict[int, str], tail: float) -> pd.DataFrame:
     """One row per scored image, by row of the store, without its name."""
     refinement, scores = result.refinement, result.scales.scores
     fence = refinement.rounds[-1].fence if refinement.rounds else np.inf
-    shares = q_values(scores)
+    shares = q_values(scores, tail)
     decision = np.where(result.kept, "keep", "reject").astype(object)
     doubtful = result.kept & ((shares <= _REVIEW_SHARE) | (scores > fence))
     worst = [i for i in np.argsort(-scores, kind="stable") if doubtful[i] and i not in decided]

@@ -7,6 +7,8 @@ There is no second file that could disagree with it. What survives:
   processed again, so in the file they stand once;
 - a torn last line, by either, or by a full disk: it is cut off at the next start;
 - the file is renamed or emptied, as log rotation does: a new one is begun. If it is removed, that is an error.
+  A line that is written between copying and emptying is in neither file, so the last minute's stand once more in the
+  new one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 _SYNC_S = 1.0  # seconds of results that a power failure may cost; once a second costs no throughput
 _BLOCK = 1 << 16  # bytes
 _FIRST = b'{"event"'  # what every results file begins with
+_COPYING_S = 60.0  # seconds that log rotation may take from copying the file to emptying it
 
 
 class ResultsRemovedError(RuntimeError):
@@ -60,6 +64,9 @@ class Journal:
         real = path.resolve()  # through a link it is the same file, and must be the same lock
         self._lock = _lock(real.with_name(f"{real.name}.lock"), path)
         self._synced, self._dirty, self.damaged = time.monotonic(), False, 0
+        self._recent: deque[tuple[float, dict[str, Any]]] = deque()
+        self._again: list[dict[str, Any]] = []
+        self._overtaken = False  # emptied between our look at it and our line
         self._file = path.open("a+b", buffering=0)
         try:
             self.cut = self._go_on()
@@ -75,16 +82,22 @@ class Journal:
             ValueError: If another file has taken its place that is not of JSON lines.
         """
         ours, there = os.fstat(self._file.fileno()), _stat(self.path)
-        if there is not None and os.path.samestat(ours, there) and ours.st_size >= self._size:
+        same = there is not None and os.path.samestat(ours, there)
+        if same and ours.st_size >= self._size and not self._overtaken:
             return False
         if there is None and ours.st_nlink == 0:
             msg = f"{self.path} was removed while results were written. What was in it is lost; start again to process "
             msg += "the images that are still there, and rename results that you want out of the way."
             raise ResultsRemovedError(msg)
         self.sync()
+        if same:
+            self._again = [record for when, record in self._recent if when > time.monotonic() - _COPYING_S]
+        if self._overtaken:
+            self._file.truncate(0)  # of our own lines, which would stand before the `start`; `_again` has them
         self._file.close()
         self._file = self.path.open("a+b", buffering=0)
         self._go_on()
+        self._overtaken = False
         return True
 
     def records(self) -> Iterator[dict[str, Any]]:
@@ -106,12 +119,24 @@ class Journal:
         Raises:
             OSError: If they can't be written. What was written of them is cut off at the next start.
         """
+        if self._again:
+            records = (*records, {"event": "again", "lines": self._again})
+            self._again = []
         block = memoryview(encode(*records))
+        end = self._size + len(block)
         while block:
             block = block[self._file.write(block) :]
         self._size, self._dirty = self._file.tell(), True
+        self._overtaken |= self._size < end
+        self._remember(records)
         if time.monotonic() - self._synced >= _SYNC_S:
             self.sync()
+
+    def _remember(self, records: tuple[dict[str, Any], ...]) -> None:
+        now = time.monotonic()
+        self._recent.extend((now, record) for record in records if record.get("event") in (None, "drift", "threshold"))
+        while self._recent and self._recent[0][0] < now - _COPYING_S:
+            self._recent.popleft()
 
     def sync(self) -> None:
         """Make sure that all lines are on the disk."""

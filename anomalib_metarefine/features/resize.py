@@ -2,8 +2,8 @@
 
 anomalib switches ``antialias`` off when it exports a ``Resize``, so a large image is scored differently by the exported
 model than by the trained one (upstream issues 2448, 3548, 3726). Exporting the antialiased operator instead does not
-help: OpenVINO's conversion drops the flag. The antialiased bilinear resize is a linear map per axis, though, and two
-small matrix products export exactly.
+help: OpenVINO's conversion drops the flag. The antialiased resize is a linear map per axis, though, and two small
+matrix products export exactly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
-from torchvision.transforms.v2 import Compose, Resize, Transform
+from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,13 +25,14 @@ _BAND = 32  # output rows: windows overlap by little, and there are few of them
 
 
 class ExactResize(nn.Module):
-    """Antialiased bilinear resize as matrix products; equals ``torchvision``'s to the rounding error.
+    """Antialiased bilinear or bicubic resize as matrix products; equals ``torchvision``'s to the rounding error.
 
-    The filter weights are computed with integers: on processors with bfloat16, OpenVINO lowers floating-point
+    Positions are computed with integers: on processors with bfloat16, OpenVINO lowers floating-point
     arithmetic to 8 bits of mantissa by default, and pixel positions above 256 would no longer be whole numbers.
 
     Args:
         size (tuple[int, int]): Output height and width.
+        bicubic (bool): Bicubic, not bilinear.
 
     Example:
         >>> image = torch.rand(1, 3, 300, 200)
@@ -40,18 +41,18 @@ class ExactResize(nn.Module):
         True
     """
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    def __init__(self, size: tuple[int, int], bicubic: bool = False) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.bicubic = size, bicubic
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Resize ``[... x H x W]`` to ``[... x size]``."""
         if tuple(images.shape[-2:]) == self.size:
             return images
-        return _resize_rows(_resize_rows(images, self.size[0]).mT, self.size[1]).mT
+        return _resize_rows(_resize_rows(images, self.size[0], self.bicubic).mT, self.size[1], self.bicubic).mT
 
 
-def _resize_rows(images: torch.Tensor, target: int) -> torch.Tensor:
+def _resize_rows(images: torch.Tensor, target: int, bicubic: bool) -> torch.Tensor:
     """Resize ``[... x H x W]`` to ``[... x target x W]``, ``_BAND`` output rows at a time from the rows they depend on.
 
     One product with the whole filter would multiply with zeros mostly: for an image of 1024 pixels it costs three times
@@ -60,15 +61,17 @@ def _resize_rows(images: torch.Tensor, target: int) -> torch.Tensor:
     """
     source = images.shape[-2]
     bands = -(-target // _BAND)
-    support = 2 * torch.sym_max(source, target)  # of the filter, to either side, in units of 1 / (2 target) rows
+    one = 2 * torch.sym_max(source, target)  # where the kernel's argument is 1, in units of 1 / (2 target) rows
+    support = 2 * one if bicubic else one  # of the filter, to either side
     window = torch.sym_min(source, (_BAND * source + support) // target + 2)
     first = 2 * _BAND * torch.arange(bands, device=images.device) + 1
     start = ((first * source - target - support) // (2 * target)).clamp_min(0).clamp_max(source - window)
     inputs = start.unsqueeze(1) + torch.arange(window, device=images.device)  # [bands x window]
     outputs = torch.arange(bands * _BAND, device=images.device).view(bands, _BAND, 1)
     distances = ((2 * inputs.unsqueeze(1) + 1) * target - (2 * outputs + 1) * source).abs()
-    weights = (support - distances).clamp_min(0)
-    weights = weights.to(images.dtype) / weights.sum(2, keepdim=True).clamp_min(1).to(images.dtype)
+    weights = _keys(distances.to(images.dtype) / one) if bicubic else (one - distances).clamp_min(0).to(images.dtype)
+    total = weights.sum(2, keepdim=True)
+    weights = weights / torch.where(total > 0, total, 1)  # rows past the last see no input
     banded = images.index_select(-2, inputs.flatten()).unflatten(-2, (bands, window))
     return (weights @ banded).flatten(-3, -2)[..., :target, :]
 
@@ -94,14 +97,18 @@ class ExactPositions(TorchFunctionMode):
 
 
 def _bicubic(source: int, target: int) -> torch.Tensor:
-    """Filter of torch's antialiased bicubic interpolation, ``[target x source]`` (Keys 1981, with a = -0.5)."""
+    """Filter of torch's antialiased bicubic interpolation, ``[target x source]``."""
     scale = source / target
     centres = (torch.arange(target) + 0.5) * scale
-    distance = (torch.arange(source) + 0.5 - centres.unsqueeze(1)).abs() / max(scale, 1)
+    weights = _keys((torch.arange(source) + 0.5 - centres.unsqueeze(1)).abs() / max(scale, 1))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _keys(distance: torch.Tensor) -> torch.Tensor:
+    """Bicubic kernel of Keys 1981, with a = -0.5."""
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
-    return weights / weights.sum(1, keepdim=True)
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0))
 
 
 def suggested_size(height: float, width: float, area: float = 256 * 256, multiple: int = 32) -> tuple[int, int]:
@@ -147,5 +154,7 @@ def exact_export_transform(transform: Transform | None) -> nn.Module | None:
     if isinstance(transform, Compose):
         return nn.Sequential(*(exact_export_transform(part) for part in transform.transforms))
     if isinstance(transform, Resize) and transform.antialias and len(transform.size or ()) == 2:
-        return ExactResize(tuple(transform.size))
+        kind = InterpolationMode(transform.interpolation)
+        if kind in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
+            return ExactResize(tuple(transform.size), kind is InterpolationMode.BICUBIC)
     return get_exportable_transform(transform)

@@ -116,7 +116,8 @@ class CheckedImages:
         if self.misread:
             path, reason = next(iter(self.misread.items()))
             msg = f"anomalib would misread {len(self.misread)} of {count} training images: {path} {reason}. "
-            raise ValueError(msg + "Run `metarefine convert DATA --to DIR` and train on its 8-bit upright copies.")
+            msg += "Run `metarefine convert DATA --to DIR` and train on its 8-bit upright copies"
+            raise ValueError(msg + " (12 bits in 16: --bit-depth 12 there, bit_depth=12 in MetaRefine).")
         if self.hashes and len(self.constant) == len(self.hashes):
             msg = f"All {count} training images have a single colour. The first is {self.constant[0]}. "
             raise ValueError(msg + "Check the camera's lens cap and light.")
@@ -209,19 +210,11 @@ def check_bit_depth(bit_depth: int | None) -> None:
         raise ValueError(msg)
 
 
-def misread_by_anomalib(path: str | Path) -> str | None:
-    """Why anomalib's own reader (Pillow, converted to 8-bit RGB) gives other pixels of a file; ``None`` if the same.
-
-    Raises what `read_image` raises.
-    """
-    return read_image(path).misread
-
-
-def check_images(paths: Sequence[str | Path]) -> CheckedImages:
-    """Decode every image once, before a training run trips over one."""
+def check_images(paths: Sequence[str | Path], bit_depth: int | None = None) -> CheckedImages:
+    """Decode every image once, before a training run trips over one; see `read_image`."""
     checked = CheckedImages()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for path, found in zip(map(str, paths), pool.map(_check, paths), strict=True):
+        for path, found in zip(map(str, paths), pool.map(lambda path: _check(path, bit_depth), paths), strict=True):
             if isinstance(found, str):
                 checked.unreadable[path] = found
                 continue
@@ -239,9 +232,9 @@ def reason_of(error: Exception) -> str:
     return error.reason if isinstance(error, UnreadableImageError) else f"{type(error).__name__}: {error}"
 
 
-def _check(path: str | Path) -> tuple[str, str | None, bool] | str:
+def _check(path: str | Path, bit_depth: int | None) -> tuple[str, str | None, bool] | str:
     try:
-        image = read_image(path)
+        image = read_image(path, bit_depth)
     except (OSError, ValueError) as error:
         return reason_of(error)
     return image.sha256, image.misread, image.is_constant

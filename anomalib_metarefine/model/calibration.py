@@ -77,7 +77,7 @@ def raw_scores(
         task = bars.add_task("scoring images", total=len(paths))
         for start in range(0, len(paths), _BATCH):
             part = paths[start : start + _BATCH]
-            images = [image_tensor(path) for path in part]
+            images = [image_tensor(path, getattr(model, "bit_depth", None)) for path in part]
             images = [transform(change(image)) for image in images]
             output = model.model(torch.stack(images).to(model.device))
             highest = None if output.anomaly_map is None else output.anomaly_map.flatten(1).amax(1)
@@ -191,7 +191,7 @@ def calibrate_model(
             )  # fmt: skip
         source = "leave-one-out scores of the training images"
     else:
-        usable = unseen(paths, getattr(model, "training_images", {}))
+        usable = unseen(paths, getattr(model, "training_images", {}), getattr(model, "bit_depth", None))
         known = np.zeros(len(usable), dtype=bool) if anomalous is None else np.asarray(anomalous)[usable]
         if known.all():
             msg = f"All {len(usable)} images are labelled as defective. Calibration needs normal ones."
@@ -207,17 +207,18 @@ def calibrate_model(
     return CalibratedModel(found, detection)
 
 
-def unseen(paths: Sequence[str | Path], training_images: Mapping[str, str]) -> list[int]:
+def unseen(paths: Sequence[str | Path], training_images: Mapping[str, str], bit_depth: int | None = None) -> list[int]:
     """Which images can be read and are not those of the training, by their content.
 
     Args:
         paths (Sequence[str | Path]): Image files, or links to some.
         training_images (Mapping[str, str]): SHA-256 of the training images, by path.
+        bit_depth (int | None): See `read_image`.
 
     Raises:
         ValueError: If none is left.
     """
-    checked = check_images(paths)
+    checked = check_images(paths, bit_depth)
     for path, reason in checked.unreadable.items():
         logger.warning("%s is left out: %s", path, reason)
     seen = set(training_images.values())

@@ -172,7 +172,7 @@ def sidecar_of(
             "size": _resized_to(getattr(model.pre_processor, "transform", None)),
             "antialias": exact_resize and _begins_antialiased(getattr(model.pre_processor, "transform", None)),
             "accepts": list(input_size) if input_size else "any",
-            "bit_depth": getattr(model, "provenance", {}).get("bit_depth"),
+            "bit_depth": getattr(model, "bit_depth", None),
         },
         image_score=image_score,
         anomaly_map=anomaly_map,

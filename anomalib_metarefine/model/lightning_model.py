@@ -33,7 +33,7 @@ from anomalib_metarefine.features.backbone import fitting_size, normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.resize import ExactPreProcessor
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.images.reading import check_images
+from anomalib_metarefine.images.reading import check_bit_depth, check_images
 from anomalib_metarefine.logs import log_once
 from anomalib_metarefine.meta.maml import get_learner
 from anomalib_metarefine.model.calibration import calibrate_model
@@ -46,7 +46,6 @@ from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import refine_images
 from anomalib_metarefine.refinement.fitting import image_scores
 from anomalib_metarefine.refinement.rounds import Refinement
-from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.settings import Settings, setting_names, settings_docstring
 
 if TYPE_CHECKING:
@@ -75,6 +74,8 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         image_size (tuple[int, int] | None): Height and width that images are resized to; ``None`` takes the shape of
             most training images, at the area of 256 x 256 pixels (of a datamodule; dataloaders alone get 256 x 256).
         {settings}
+        bit_depth (int | None): Bits in use of the line's files with more than 8, such as 12; it goes into exported
+            models. Training images of such files are those of `metarefine convert` with the same bit depth.
         init_from (str | Path | None): File of `metarefine meta-train` to start from, instead of meta-training here.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
@@ -126,6 +127,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         rule: str = _DEFAULTS.rule,
         rounds: int = _DEFAULTS.rounds,
         patch_fence: float = _DEFAULTS.patch_fence,
+        bit_depth: int | None = None,
         init_from: str | Path | None = None,
         memory_limit_mb: float = 2048,
         pre_processor: nn.Module | bool = True,
@@ -135,7 +137,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
     ) -> None:
         chosen = locals()
         settings = Settings(**{name: chosen[name] for name in setting_names()})
-        get_rule(settings.rule)
+        check_bit_depth(bit_depth)
         log_once()
         size_follows = pre_processor is True and image_size is None
         if pre_processor is True:
@@ -146,7 +148,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.model: MetaRefineModel = MetaRefineModel(
             backbone, layers, pre_trained, settings.dimensions, settings.blocks, settings.hidden, settings.tail
         )
-        self.settings = settings
+        self.settings, self.bit_depth = settings, bit_depth
         self.size_follows_images = size_follows  # once training begins
         self._backbone, self._init_from = backbone, init_from
         self._shared: SharedInitialisation | None = None
@@ -345,7 +347,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         """Hash the training images, if they came from dataloaders and not from a datamodule."""
         if not self.training_images:
             paths = [path for path in self.refinement.paths if Path(path).is_file()]
-            self.training_images = check_images(paths).hashes
+            self.training_images = check_images(paths, self.bit_depth).hashes
 
     def _set_first_thresholds(self) -> None:
         """Thresholds from the training images, for a model that is never validated; a validation replaces them."""

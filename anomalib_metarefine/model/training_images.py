@@ -56,7 +56,7 @@ class TrainingImages(Callback):
         if pl_module.is_fitted or train_data is None:
             return
         paths = [str(path) for path in train_data.samples["image_path"]]
-        self._check(paths, datamodule.name)
+        self._check(paths, datamodule.name, pl_module.bit_depth)
         pl_module.training_images = self.hashes
         if self.unreadable:
             readable = [i for i, path in enumerate(paths) if path not in self.unreadable]
@@ -65,11 +65,11 @@ class TrainingImages(Callback):
             pl_module.resize_to(usual_size(list(self.hashes)))
             give_resize_to(datamodule)
 
-    def _check(self, paths: Sequence[str], name: str) -> None:
+    def _check(self, paths: Sequence[str], name: str, bit_depth: int | None) -> None:
         if not paths:
             msg = f"{name} has no training images. Check its path and its split settings."
             raise ValueError(msg)
-        checked = check_images(paths)
+        checked = check_images(paths, bit_depth)
         if checked.misread or len(paths) >= FEWEST_SCORES:  # anomalib's own test trains on five flat images
             checked.require_as_trained(len(paths))
         self.hashes, self.unreadable = checked.hashes, checked.unreadable

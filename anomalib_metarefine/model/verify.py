@@ -110,7 +110,7 @@ def verify_deployment(
         raise ValueError(msg)
     graph = Graph(detector.file)
     labels = folder_labels(paths) if anomalous is None and paths else anomalous
-    hashes, problems = _read(paths)
+    hashes, problems = _read(paths, detector.bit_depth)
     readable = np.array([str(path) in hashes for path in paths])
     labels = None if labels is None else np.asarray(labels)[readable]
     paths = [path for path, can in zip(paths, readable, strict=True) if can]
@@ -156,12 +156,12 @@ def verify_deployment(
     )
 
 
-def _read(paths: Sequence[str | Path]) -> tuple[dict[str, str], list[str]]:
+def _read(paths: Sequence[str | Path], bit_depth: int | None) -> tuple[dict[str, str], list[str]]:
     """SHA-256 of the images that can be read, by path, and a problem if there are others."""
     if not paths:
         msg = "There is no image to verify the deployment with."
         raise ValueError(msg)
-    checked = check_images(paths)
+    checked = check_images(paths, bit_depth)
     if not checked.hashes:
         msg = f"None of the {len(paths)} images can be read. The first is {next(iter(checked.unreadable))}."
         raise ValueError(msg)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 import pandas as pd
 
-from anomalib_metarefine.refinement.rules import MOST_REJECTED
 from anomalib_metarefine.refinement.scales import Scales
+from anomalib_metarefine.rule_settings import MOST_REJECTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -11,18 +11,23 @@ from the scores of the clean images.
 from __future__ import annotations
 
 import math
-from dataclasses import MISSING, Field, dataclass, fields
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from anomalib_metarefine.robust import NORMAL_MAD, lower_side_scale
+from anomalib_metarefine.rule_settings import (
+    AutoSettings,
+    CountSettings,
+    IQRSettings,
+    MADSettings,
+    ShareSettings,
+    parse_rule,
+)
 
 if TYPE_CHECKING:
     from anomalib_metarefine.refinement.scales import Scales
-
-MOST_REJECTED = 0.5  # share of the images: past it "normal" would no longer mean the majority
 
 
 class Rejection(NamedTuple):
@@ -50,7 +55,7 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class TukeyFence:
+class TukeyFence(IQRSettings):
     """Upper inter-quartile-range fence ``Q3 + whisker * IQR``, the rule of the MetaRefine paper.
 
     Breakdown point 25 %: with more dirty images than that, Q3 is dirty itself and the fence moves out of reach. Keeps
@@ -63,11 +68,6 @@ class TukeyFence:
         Tukey, "Exploratory Data Analysis", 1977; Aqeel et al., arXiv 2503.01569.
     """
 
-    whisker: float = 1.5
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "whisker")
-
     def reject(self, scales: Scales) -> Rejection:
         """See `Rule.reject`."""
         lower, upper = np.quantile(scales.scores, [0.25, 0.75])
@@ -75,7 +75,7 @@ class TukeyFence:
 
 
 @dataclass(frozen=True)
-class MADFence:
+class MADFence(MADSettings):
     """``median + k * 1.4826 * MAD``, where MAD is the median absolute deviation from the median.
 
     Breakdown point 50 %; towards it the median climbs into the upper half of the clean scores, and MAD grows with it.
@@ -89,11 +89,6 @@ class MADFence:
         use standard deviation around the mean, use absolute deviation around the median", 2013 (for 3, or 2.5).
     """
 
-    k: float = 3.0
-
-    def __post_init__(self) -> None:
-        _check_positive(self, "k")
-
     def reject(self, scales: Scales) -> Rejection:
         """See `Rule.reject`."""
         centre = float(np.median(scales.scores))
@@ -102,7 +97,7 @@ class MADFence:
 
 
 @dataclass(frozen=True)
-class FalseDiscoveryRate:
+class FalseDiscoveryRate(AutoSettings):
     """Rejects the highest scores as long as few clean ones are expected among them. The default.
 
     A score is turned into a p-value under a reference for clean images, an exponential tail ``exp(-u / tail)`` of the
@@ -124,15 +119,6 @@ class FalseDiscoveryRate:
         Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
     """
 
-    level: float = 0.1
-    tail: float = 1.6
-    alike: float = 3.0
-
-    def __post_init__(self) -> None:
-        _check(self, "level", 0 < self.level < 1, "a share in (0, 1)")
-        _check_positive(self, "tail")
-        _check(self, "alike", math.isfinite(self.alike), "a finite number")
-
     def reject(self, scales: Scales) -> Rejection:
         """See `Rule.reject`."""
         nothing = Rejection(np.zeros(len(scales.scores), dtype=bool), math.inf)
@@ -147,7 +133,7 @@ class FalseDiscoveryRate:
 
 
 @dataclass(frozen=True)
-class ShareFence:
+class ShareFence(ShareSettings):
     """Rejects the ``floor(share * N)`` highest of ``N`` scores, for a user who knows the share of dirty images.
 
     The fence is an order statistic, the highest score to keep. Where a tie lies across it, all of the tie is kept:
@@ -162,16 +148,6 @@ class ShareFence:
         Sample", 1963 (trimming).
     """
 
-    share: float = 0.1
-
-    def __post_init__(self) -> None:
-        _check(
-            self,
-            "share",
-            0 <= self.share <= MOST_REJECTED,
-            "a share in [0, 0.5] (what is normal is what most images show, so half of them are always kept)",
-        )
-
     def reject(self, scales: Scales) -> Rejection:
         """See `Rule.reject`."""
         # 0.29 * 100 is 28.999999999999996, and the user means 29.
@@ -179,7 +155,7 @@ class ShareFence:
 
 
 @dataclass(frozen=True)
-class CountFence:
+class CountFence(CountSettings):
     """Rejects the ``count`` highest scores, for a user who knows the number of dirty images; all but one at most.
 
     Ties as in `ShareFence`. Breakdown point: ``count / N``. Use it with a known number or a budget, "the 20 worst".
@@ -190,11 +166,6 @@ class CountFence:
     References:
         As `ShareFence`.
     """
-
-    count: int
-
-    def __post_init__(self) -> None:
-        _check(self, "count", isinstance(self.count, Integral) and self.count >= 0, "a whole number of at least 0")
 
     def reject(self, scales: Scales) -> Rejection:
         """See `Rule.reject`."""
@@ -227,22 +198,11 @@ def get_rule(spec: str) -> Rule:
         >>> get_rule("share:0.2")
         ShareFence(share=0.2)
     """
-    name, colon, text = (part.strip() for part in spec.partition(":"))
-    if name not in RULES:
-        msg = f"There is no rejection rule {name!r}. Choose one of {sorted(RULES)}."
-        raise ValueError(msg)
-    settings = fields(RULES[name])
-    try:
-        return RULES[name](**_parse_settings(text.split(",") if colon else [], settings, get_type_hints(RULES[name])))
-    except ValueError as error:
-        choices = ", ".join(f"{s.name}{'' if s.default is MISSING else f'={s.default}'}" for s in settings)
-        msg = (
-            f"Can't use {spec!r} as a rejection rule: {error} Settings of {name!r}, with defaults: {choices or 'none'}."
-        )
-        raise ValueError(msg) from error
+    name, settings = parse_rule(spec)
+    return RULES[name](**settings)
 
 
-def q_values(scores: np.ndarray, tail: float = FalseDiscoveryRate.tail) -> np.ndarray:
+def q_values(scores: np.ndarray, tail: float = AutoSettings.tail) -> np.ndarray:
     """Expected share of clean images among an image and all that score at least as high.
 
     Args:
@@ -271,28 +231,6 @@ def q_values(scores: np.ndarray, tail: float = FalseDiscoveryRate.tail) -> np.nd
     return result.clip(0, 1)
 
 
-def _parse_settings(items: list[str], settings: tuple[Field, ...], types: dict[str, Any]) -> dict[str, Any]:
-    names = [setting.name for setting in settings]
-    values: dict[str, Any] = {}
-    for position, item in enumerate(items):
-        name, equals, text = (part.strip() for part in item.partition("="))
-        if not equals and position == 0 and names:
-            name, text = names[0], name
-        elif not equals or name not in names or name in values:
-            msg = f"expected name=value of one of its settings, each once, found {item.strip()!r}."
-            raise ValueError(msg)
-        try:
-            values[name] = types[name](text)
-        except ValueError:
-            msg = f"{name} must be of type {types[name].__name__}, found {text!r}."
-            raise ValueError(msg) from None
-    missing = [s.name for s in settings if s.default is MISSING and s.name not in values]
-    if missing:
-        msg = f"it has no default for {missing[0]}; write {missing[0]}=value after the colon."
-        raise ValueError(msg)
-    return values
-
-
 def _past(scores: np.ndarray, fence: float) -> Rejection:
     return Rejection(scores > fence, float(fence))
 
@@ -302,14 +240,3 @@ def _highest(scores: np.ndarray, count: int) -> Rejection:
     ordered = np.sort(scores)
     fence = float(ordered[len(ordered) - 1 - count])
     return _past(scores, fence if fence < ordered[-1] else math.inf)
-
-
-def _check_positive(rule: Rule, setting: str) -> None:
-    value = getattr(rule, setting)
-    _check(rule, setting, 0 < value < math.inf, "a finite number above 0")
-
-
-def _check(rule: Rule, setting: str, valid: bool, expected: str) -> None:
-    if not valid:
-        msg = f"{setting} of {type(rule).__name__} must be {expected}, found {getattr(rule, setting)}."
-        raise ValueError(msg)

@@ -13,6 +13,7 @@ from anomalib_metarefine.curation.curate import _rejected_since, curate
 from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.refinement.rounds import Refinement, Round
+from anomalib_metarefine.refinement.rules import q_values
 from tests.conftest import folder, part, plate
 from tests.curation.test_manifest import visible
 
@@ -216,3 +217,9 @@ def test_repair_of_images_that_no_rule_rejects(spotted, tmp_path):
         levels = [np.asarray(Image.open(image))[36:48, 36:48].mean() for image in (path, after)]
         assert levels[1] == pytest.approx(usual[36:48, 36:48].mean(), abs=12)
         assert (levels[0] > levels[1] + 60) == (path.name in with_spot)
+
+
+def test_q_values_are_those_of_the_rule_that_decided(dirty):
+    """With another tail they were those of the default, so that review went by other odds than the rule."""
+    found = curate(dirty, rule="auto:tail=3", quality=False, **SMALL).manifest.table
+    np.testing.assert_allclose(found.q_value, q_values(found.score.to_numpy(), 3))

@@ -104,3 +104,63 @@ def test_one_writer_through_a_link_too(tmp_path):
     with pytest.raises(ValueError, match="Another `metarefine watch` writes to"):
         Journal(link)
     journal.close()
+
+
+def rotated(path):
+    """What log rotation by copying and emptying leaves: the copy's lines, and whatever comes after."""
+    copy = path.read_bytes()
+    return copy, lambda: path.open("r+b").truncate(0)
+
+
+def begin_anew(journal):
+    assert journal.renewed()
+    journal.append(START)
+
+
+def again(path):
+    return [line for record in map(json.loads, path.read_text().splitlines()) for line in record.get("lines", [])]
+
+
+def test_a_line_between_copying_and_emptying_stands_in_the_new_file(tmp_path):
+    path = tmp_path / "r.jsonl"
+    journal = Journal(path)
+    journal.append(START, {"path": "a"}, {"event": "state", "monitor": {}})
+    copy, empty = rotated(path)
+    assert not journal.renewed()
+    journal.append({"path": "b"})
+    empty()
+    begin_anew(journal)
+    journal.append({"path": "c"})
+    assert b'"b"' not in copy
+    assert again(path) == [{"path": "a"}, {"path": "b"}]
+    assert not journal.renewed()
+    assert [record.get("event") for record in journal.records()] == ["start", "again", None]
+    journal.close()
+
+
+@pytest.mark.parametrize("before", [2, 200])
+def test_emptied_between_the_look_and_the_line(tmp_path, before):
+    """The line is then the first of the file, which would be taken for somebody else's at the next start."""
+    path = tmp_path / "r.jsonl"
+    journal = Journal(path)
+    journal.append(START, {"path": "a" * before})
+    _, empty = rotated(path)
+    assert not journal.renewed()
+    empty()
+    journal.append({"path": "b" * 100})
+    begin_anew(journal)
+    assert again(path) == [{"path": "a" * before}, {"path": "b" * 100}]
+    journal.close()
+    goes_on = Journal(path)
+    assert [record["event"] for record in goes_on.records()] == ["start", "again"]
+    goes_on.close()
+
+
+def test_lines_of_a_renamed_file_do_not_stand_twice(tmp_path):
+    path = tmp_path / "r.jsonl"
+    journal = Journal(path)
+    journal.append(START, {"path": "a"})
+    path.rename(tmp_path / "old")
+    begin_anew(journal)
+    assert list(journal.records()) == [START]
+    journal.close()

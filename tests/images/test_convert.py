@@ -7,7 +7,7 @@ from PIL import Image
 
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.images.convert import convert
-from anomalib_metarefine.images.reading import misread_by_anomalib
+from anomalib_metarefine.images.reading import read_image
 
 RAMP = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
 
@@ -39,7 +39,7 @@ def test_copies_are_what_every_reader_reads(deep, tmp_path, capsys):
     assert state(deep) == before
     for name in ("a.png", "late/b.png", "c.png"):
         copy = tmp_path / "out" / name
-        assert misread_by_anomalib(copy) is None
+        assert read_image(copy).misread is None
         pixels = anomalib_read_image(copy, as_tensor=True).permute(1, 2, 0).numpy() * 255
         np.testing.assert_allclose(pixels, np.repeat(RAMP[..., None], 3, 2), atol=1e-4)
 
