@@ -121,13 +121,12 @@ class Journal:
         """
         if self._again:
             records = (*records, {"event": "again", "lines": self._again})
-            self._again = []
         block = memoryview(encode(*records))
         end = self._size + len(block)
         while block:
             block = block[self._file.write(block) :]
         self._size, self._dirty = self._file.tell(), True
-        self._overtaken |= self._size < end
+        self._again, self._overtaken = [], self._overtaken or self._size < end
         self._remember(records)
         if time.monotonic() - self._synced >= _SYNC_S:
             self.sync()

@@ -27,8 +27,8 @@ _BAND = 32  # output rows: windows overlap by little, and there are few of them
 class ExactResize(nn.Module):
     """Antialiased bilinear or bicubic resize as matrix products; equals ``torchvision``'s to the rounding error.
 
-    Positions are computed with integers: on processors with bfloat16, OpenVINO lowers floating-point
-    arithmetic to 8 bits of mantissa by default, and pixel positions above 256 would no longer be whole numbers.
+    Positions are computed with integers: on processors with bfloat16, OpenVINO lowers floating-point arithmetic to 8
+    bits of mantissa by default, and pixel positions above 256 would no longer be whole numbers.
 
     Args:
         size (tuple[int, int]): Output height and width.
@@ -69,9 +69,14 @@ def _resize_rows(images: torch.Tensor, target: int, bicubic: bool) -> torch.Tens
     inputs = start.unsqueeze(1) + torch.arange(window, device=images.device)  # [bands x window]
     outputs = torch.arange(bands * _BAND, device=images.device).view(bands, _BAND, 1)
     distances = ((2 * inputs.unsqueeze(1) + 1) * target - (2 * outputs + 1) * source).abs()
-    weights = _keys(distances.to(images.dtype) / one) if bicubic else (one - distances).clamp_min(0).to(images.dtype)
-    total = weights.sum(2, keepdim=True)
-    weights = weights / torch.where(total > 0, total, 1)  # rows past the last see no input
+    if bicubic:
+        weights = _keys(distances.to(images.dtype) / one)
+        total = weights.sum(2, keepdim=True)
+        total = torch.where(total > 0, total, 1)  # rows past the last, which are cut off, may see no input
+    else:
+        weights = (one - distances).clamp_min(0)
+        total = weights.sum(2, keepdim=True).clamp_min(1)
+    weights = weights.to(images.dtype) / total.to(images.dtype)
     banded = images.index_select(-2, inputs.flatten()).unflatten(-2, (bands, window))
     return (weights @ banded).flatten(-3, -2)[..., :target, :]
 
