@@ -66,7 +66,7 @@ class Journal:
         self._synced, self._dirty, self.damaged = time.monotonic(), False, 0
         self._recent: deque[tuple[float, dict[str, Any]]] = deque()
         self._again: list[dict[str, Any]] = []
-        self._overtaken = False  # emptied between our look at it and our line
+        self._size, self._overtaken = 0, False  # overtaken: emptied between our look at it and our line
         self._file = path.open("a+b", buffering=0)
         try:
             self.cut = self._go_on()

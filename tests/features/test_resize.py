@@ -11,8 +11,10 @@ KINDS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
 # Not to a width of 1: there torch 2.14 repeats the first of two rows where it should interpolate.
-@given(st.tuples(st.integers(1, 90), st.integers(1, 90)), st.tuples(st.integers(1, 90), st.integers(2, 90)))
 @pytest.mark.parametrize("bicubic", [False, True])
+@given(
+    source=st.tuples(st.integers(1, 90), st.integers(1, 90)), target=st.tuples(st.integers(1, 90), st.integers(2, 90))
+)
 @settings(deadline=None)
 def test_equals_the_antialiased_resize_of_torchvision(source, target, bicubic):
     image = torch.rand(2, 3, *source)
