@@ -179,9 +179,12 @@ def test_the_same_pixels_or_a_refusal_as_the_docs_say(tmp_path, kind, make, bit_
     for one in seen[1:]:
         np.testing.assert_array_equal(one, seen[0])
     if exactness:
-        assert np.abs(seen[0] - (RAMP if seen[0].std(axis=2).any() else RAMP[..., :1])).max() < exactness
+        grey = np.ptp(seen[0], axis=2).max() == 0
+        assert np.abs(seen[0] - (RAMP[..., :1] if grey else RAMP)).max() < exactness
     for refusal in (one for one in told if isinstance(one, str)):
-        assert re.search(r"convert DATA --to|bit depth|Save it as|Divide them|truncated|IDAT|cut", refusal), refusal
+        assert re.search(r"convert DATA --to|bit depth|Save it as|Divide them|truncated|data stream|broken", refusal), (
+            refusal
+        )
 
 
 def test_the_docs_speak_of_no_other_kinds():
