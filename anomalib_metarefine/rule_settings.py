@@ -46,8 +46,7 @@ class AutoSettings(RuleSettings):
     """Of `FalseDiscoveryRate`."""
 
     level: float = _setting(lambda value: 0 < value < 1, "a share in (0, 1)", 0.1)
-    tail: float = _positive(1.6)
-    alike: float = _setting(math.isfinite, "a finite number", 3.0)
+    tail: float = _positive(2.0)
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def parse_rule(spec: str) -> tuple[str, dict[str, float]]:
         ValueError: If there is no rule of that name, or a setting is unknown, missing or out of range.
 
     Example:
-        >>> parse_rule("auto:tail=2")
-        ('auto', {'level': 0.1, 'tail': 2.0, 'alike': 3.0})
+        >>> parse_rule("auto:level=0.1")
+        ('auto', {'level': 0.1, 'tail': 2.0})
     """
     name, colon, text = (part.strip() for part in spec.partition(":"))
     if name not in RULE_SETTINGS:

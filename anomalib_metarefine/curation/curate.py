@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.refinement.rounds import Refinement
 
-_REVIEW_SHARE = 0.3  # of clean images expected up to a score, up to which a person should look
+_REVIEW_SHARE = 0.3  # of clean images expected up to an image, up to which a person should look
 _MOST_REVIEW = 0.1  # share of the images that a person is asked to look at
 _SHOWN = 100  # images with evidence, those with the highest scores
 _MOST_SHOWN = 500  # rejected images and those for review with evidence, at most
@@ -214,9 +214,9 @@ def _decide(result: Result, decided: dict[int, str], tail: float) -> pd.DataFram
     """One row per scored image, by row of the store, without its name."""
     refinement, scores = result.refinement, result.scales.scores
     fence = refinement.rounds[-1].fence if refinement.rounds else np.inf
-    shares = q_values(scores, tail)
+    shares = q_values(result.scales, tail)
     decision = np.where(result.kept, "keep", "reject").astype(object)
-    doubtful = result.kept & ((shares <= _REVIEW_SHARE) | (scores > fence))
+    doubtful = result.kept & (shares <= _REVIEW_SHARE)
     worst = [i for i in np.argsort(-scores, kind="stable") if doubtful[i] and i not in decided]
     decision[worst[: max(1, round(_MOST_REVIEW * len(scores)))]] = "review"
     by = np.full(len(scores), "rule", dtype=object)
@@ -254,7 +254,7 @@ def _reason(row: Any, rank: int, count: int) -> str:  # noqa: ANN401
     if row.decided_by == "user":
         return f"A person said {row.decision}; {place}."
     if row.decision == "reject":
-        return f"Past the fence and like other suspicious images; {place}."
+        return f"Unusual, and in the way in which other images are; {place}."
     if row.decision == "review":
         return f"Unusual, but not clearly a defect: have a look; {place}."
     return f"Usual; {place}."

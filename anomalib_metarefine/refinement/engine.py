@@ -152,7 +152,7 @@ class _Scorer:
         if self.neighbours is None or settings.likelihood_weight > 0:
             parts["likelihood"] = image_scores(self._maps(kept), settings.tail)
         if self.neighbours is None:
-            return Scored(hybrid(parts, {"likelihood": 1.0}, kept), parts=parts)
+            return Scored(hybrid(parts, {"likelihood": 1.0}, kept), kept=kept, parts=parts)
         distances = self.neighbours.episodic(kept)[0]
         if settings.neighbour_weight > 0:
             parts["neighbours"] = image_scores(distances, settings.neighbour_tail)
@@ -161,11 +161,11 @@ class _Scorer:
         scores = hybrid(parts, weights, kept, variants)
         unusual = deviations(self.images.chunks(), distances, kept)
         if settings.likeness_weight == 0 or len(scores) < FEWEST_IMAGES:
-            return Scored(scores, None, comparable, parts, unusual)
+            return Scored(scores, None, kept, comparable, parts, unusual)
         alike, trust = likeness(unusual, scores, self.answers)
         alike = standardised(alike, kept, variants)
         total = standardised(scores + settings.likeness_weight * trust * alike, kept, variants)
-        return Scored(total, alike, comparable, parts, unusual)
+        return Scored(total, alike, kept, comparable, parts, unusual)
 
     def patches_to_learn(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Masks ``[N x P]`` of the patches to learn from, and of those that look usual for their place.

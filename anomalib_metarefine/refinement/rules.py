@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from anomalib_metarefine.refinement.scales import Scales
 from anomalib_metarefine.robust import NORMAL_MAD, lower_side_scale
 from anomalib_metarefine.rule_settings import (
     AutoSettings,
@@ -25,9 +26,6 @@ from anomalib_metarefine.rule_settings import (
     ShareSettings,
     parse_rule,
 )
-
-if TYPE_CHECKING:
-    from anomalib_metarefine.refinement.scales import Scales
 
 
 class Rejection(NamedTuple):
@@ -98,38 +96,37 @@ class MADFence(MADSettings):
 
 @dataclass(frozen=True)
 class FalseDiscoveryRate(AutoSettings):
-    """Rejects the highest scores as long as few clean ones are expected among them. The default.
+    """Rejects what two witnesses speak against, as long as few clean images are expected among it. The default.
 
-    A score is turned into a p-value under a reference for clean images, an exponential tail ``exp(-u / tail)`` of the
-    distance ``u`` from the centre in lower-side spreads (`lower_side_scale`), and the procedure of Benjamini and
-    Hochberg sets the fence. It adapts to the contamination: one outlier must be extreme to be rejected, but where a
-    third of the images stand out, less is enough. Breakdown point 50 %, as that of its centre and spread. Keeps more
-    than a quarter of the images.
+    The score tells how unusual an image is. Its likeness tells whether it is unusual in the way that *other* suspicious
+    images are: an odd but clean image is odd in a way of its own, defects recur. Each becomes a p-value under a
+    reference for clean images, an exponential tail ``exp(-u / tail)`` of the distance ``u`` from the centre in
+    lower-side spreads (`lower_side_scale`); Fisher's method makes one p-value of the two, and the procedure of
+    Benjamini and Hochberg rejects the images of the smallest. It adapts to the contamination: one outlier must be
+    extreme, but where a third of the images stand out, less is enough. Neither witness is enough by itself: both must
+    lie more than ``tail`` spreads above their centre. Breakdown point 50 %, as that of centre and spread.
 
-    One score is one witness. An odd but clean image is odd in a way of its own, defects recur: so an image past the
-    fence is only rejected if it is also like *other* suspicious images (`likeness`), which is told by other numbers.
     Where images are too few to tell, or share too little to be compared (`Structure`), none is rejected.
 
     Args:
-        level (float): Expected share of clean images among those past the fence, in (0, 1).
+        level (float): Expected share of clean images among the rejected, in (0, 1).
         tail (float): Spreads over which the reference falls to ``1 / e``; above 0.
-        alike (float): Spreads of likeness that a rejected image has at least.
 
     References:
-        Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
+        Fisher, "Statistical Methods for Research Workers", 1932 (sum of the logarithms of p-values); Benjamini and
+        Hochberg, "Controlling the False Discovery Rate", 1995.
     """
 
     def reject(self, scales: Scales) -> Rejection:
         """See `Rule.reject`."""
-        nothing = Rejection(np.zeros(len(scales.scores), dtype=bool), math.inf)
-        if scales.likeness is None or not scales.comparable:
-            return nothing
-        past = q_values(scales.scores, self.tail) <= self.level
-        if not past.any() or past.all():
-            return nothing
-        fence = float(scales.scores[~past].max())
-        images = past & (scales.likeness > self.alike)
-        return Rejection(images, fence) if images.any() else nothing
+        images = np.zeros(len(scales.scores), dtype=bool)
+        if scales.likeness is not None and scales.comparable:
+            away = [_spreads(values, scales.kept) > self.tail for values in (scales.scores, scales.likeness)]
+            images = (q_values(scales, self.tail) <= self.level) & away[0] & away[1]
+        # Others may lie past this fence that only one witness speaks against.
+        return Rejection(
+            images, float(np.nextafter(scales.scores[images].min(), -math.inf)) if images.any() else math.inf
+        )
 
 
 @dataclass(frozen=True)
@@ -202,33 +199,41 @@ def get_rule(spec: str) -> Rule:
     return RULES[name](**settings)
 
 
-def q_values(scores: np.ndarray, tail: float = AutoSettings.tail) -> np.ndarray:
-    """Expected share of clean images among an image and all that score at least as high.
+def q_values(scales: Scales, tail: float = AutoSettings.tail) -> np.ndarray:
+    """Expected share of clean images among an image and all that the witnesses speak against as much.
 
     Args:
-        scores (np.ndarray): ``[N]``, higher is more anomalous.
+        scales (Scales): Scores, and likeness if there is one.
         tail (float): See `FalseDiscoveryRate`.
 
     Returns:
-        np.ndarray: ``[N]`` in [0, 1]; all 1 where the scores have no spread.
+        np.ndarray: ``[N]`` in [0, 1]; all 1 where neither varies.
 
     References:
         Storey, "A direct approach to false discovery rates", 2002.
 
     Example:
-        >>> q_values(np.array([1.0, 2.0, 3.0, 4.0, 40.0])).round(2)
+        >>> q_values(Scales(np.array([1.0, 2.0, 3.0, 4.0, 40.0])), tail=1.6).round(2)
         array([1.  , 1.  , 0.72, 0.46, 0.  ])
     """
-    centre, spread = lower_side_scale(scores)
-    if spread <= 0:
-        return np.ones(len(scores))
-    order = np.argsort(-scores, kind="stable")
-    p_values = np.exp(-np.maximum(scores[order] - centre, 0) / (spread * tail))
-    # Of equal scores all have the p-value; the lowest share from here on down is what a fence at the score promises.
-    shares = p_values * len(scores) / np.arange(1, len(scores) + 1)
-    result = np.empty(len(scores))
+    evidence = _spreads(scales.scores, scales.kept) / tail
+    p_values = np.exp(-evidence)
+    if scales.likeness is not None:
+        # The sum of two exponential variables follows a gamma distribution: Fisher's method for two p-values.
+        evidence = evidence + _spreads(scales.likeness, scales.kept) / tail
+        p_values = (1 + evidence) * np.exp(-evidence)
+    order = np.argsort(p_values, kind="stable")
+    # Of equal images all have the p-value; the lowest share from here on is what a limit at this p-value promises.
+    shares = p_values[order] * len(order) / np.arange(1, len(order) + 1)
+    result = np.empty(len(order))
     result[order] = np.minimum.accumulate(shares[::-1])[::-1]
     return result.clip(0, 1)
+
+
+def _spreads(values: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
+    """How many lower-side spreads of the kept images each value lies above their centre, at least 0."""
+    centre, spread = lower_side_scale(values if kept is None else values[kept])
+    return np.maximum(values - centre, 0) / spread if spread > 0 else np.zeros(len(values))
 
 
 def _past(scores: np.ndarray, fence: float) -> Rejection:

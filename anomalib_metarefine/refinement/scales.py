@@ -17,9 +17,12 @@ class Scales:
         scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
         likeness (np.ndarray | None): ``[N]``, how much an image is like *other* suspicious ones; ``None`` where images
             are too few to tell.
+        kept (np.ndarray | None): ``[N]`` mask of the images that scores and likeness are measured against; ``None`` if
+            all are.
         comparable (bool): Whether the images share enough for their scores to mean anything, see `Structure`.
     """
 
     scores: np.ndarray
     likeness: np.ndarray | None = None
+    kept: np.ndarray | None = None
     comparable: bool = True

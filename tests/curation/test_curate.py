@@ -14,6 +14,7 @@ from anomalib_metarefine.curation.evidence import Evidence, _group
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.refinement.rounds import Refinement, Round
 from anomalib_metarefine.refinement.rules import q_values
+from anomalib_metarefine.refinement.scales import Scales
 from tests.conftest import folder, part, plate
 from tests.curation.test_manifest import visible
 
@@ -47,7 +48,7 @@ def test_finds_the_dirty_images_and_says_why(dirty):
     assert (rejected["round"] >= 1).all()
     assert (rejected.q_value <= 0.1).all()
     assert (rejected.likeness > 3).all()
-    assert rejected.reason.str.contains("Past the fence and like other suspicious images; score ").all()
+    assert rejected.reason.str.contains("Unusual, and in the way in which other images are; score ").all()
     assert (table.score[table.decision == "keep"] < rejected.score.min()).all()
     assert {"score_likelihood", "score_neighbours", "score_round_1"} <= set(table)
     assert set(table.variant) == {0}
@@ -222,4 +223,5 @@ def test_repair_of_images_that_no_rule_rejects(spotted, tmp_path):
 def test_q_values_are_those_of_the_rule_that_decided(dirty):
     """With another tail they were those of the default, so that review went by other odds than the rule."""
     found = curate(dirty, rule="auto:tail=3", quality=False, **SMALL).manifest.table
-    np.testing.assert_allclose(found.q_value, q_values(found.score.to_numpy(), 3))
+    scales = Scales(found.score.to_numpy(), found.likeness.to_numpy(), (found.decision != "reject").to_numpy())
+    np.testing.assert_allclose(found.q_value, q_values(scales, 3))

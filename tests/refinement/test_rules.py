@@ -35,9 +35,9 @@ scores = arrays(np.float64, st.integers(1, 60), elements=st.integers(-1000, 1000
 
 
 def rejected(name: str, values: np.ndarray) -> np.ndarray:
-    """By a rule, of images that are all like suspicious ones: the score alone decides."""
+    """By a rule, where likeness says what the score says."""
     rule = get_rule(EXAMPLES.get(name, name))
-    return rule.reject(Scales(values, likeness=np.full(len(values), 99.0))).images
+    return rule.reject(Scales(values, likeness=values)).images
 
 
 @all_rules
@@ -68,7 +68,7 @@ def test_keeps_what_it_guarantees(name, values):
 @given(values=scores)
 def test_what_is_rejected_lies_past_the_fence_and_scores_highest(name, values):
     rule = get_rule(EXAMPLES.get(name, name))
-    images, fence = rule.reject(Scales(values, likeness=np.full(len(values), 99.0)))
+    images, fence = rule.reject(Scales(values, likeness=values))
     np.testing.assert_array_equal(images, values > fence)
 
 
@@ -112,20 +112,38 @@ class TestFalseDiscoveryRate:
 
     def test_holds_its_level_where_the_reference_is_true(self):
         rng, level, shares = np.random.default_rng(0), 0.2, []
+
+        def witness():
+            clean = np.concatenate([-np.abs(rng.normal(0, 1, 100)), rng.exponential(2.0, 100)])
+            return np.append(rng.permutation(clean), rng.uniform(8, 20, 40))
+
         for _ in range(200):
-            clean = np.concatenate([-np.abs(rng.normal(0, 1, 100)), rng.exponential(1.6, 100)])
-            values = np.append(clean, rng.uniform(15, 30, 40))
-            images = FalseDiscoveryRate(level=level).reject(Scales(values, np.full(240, 99.0))).images
+            images = FalseDiscoveryRate(level=level).reject(Scales(witness(), witness())).images
             shares.append(images[:200].sum() / max(images.sum(), 1))
         assert np.mean(shares) < level
 
-    def test_an_odd_image_is_only_rejected_if_it_is_like_other_suspicious_ones(self):
-        values = np.append(np.random.default_rng(0).normal(0, 1, 200), np.full(20, 30.0))
-        alike = np.zeros(220)
-        alike[200:210] = 5
-        images, fence = FalseDiscoveryRate().reject(Scales(values, alike))
-        assert np.flatnonzero(images).tolist() == list(range(200, 210))
-        assert values[:200].max() <= fence < 30
+    def test_neither_witness_is_enough_by_itself(self):
+        rng = np.random.default_rng(0)
+        values = np.append(rng.normal(0, 1, 200), np.full(20, 30.0))
+        alike = np.append(rng.normal(0, 1, 200), np.repeat([9.0, 0.0], 10))
+        for one, other in ((values, alike), (alike, values)):
+            images, fence = FalseDiscoveryRate().reject(Scales(one, other))
+            assert np.flatnonzero(images).tolist() == list(range(200, 210))
+            assert one[:200].max() <= fence < one[images].min()
+
+    def test_two_witnesses_find_what_neither_finds(self):
+        rng = np.random.default_rng(0)
+        values, alike = (np.append(rng.normal(0, 1, 200), np.full(20, 7.0)) for _ in range(2))
+        assert q_values(Scales(values))[-20:].max() > 0.1
+        assert FalseDiscoveryRate().reject(Scales(values, alike)).images[-20:].all()
+
+    def test_reads_the_scale_off_the_kept_images(self):
+        rng = np.random.default_rng(0)
+        values, alike = (np.append(rng.normal(0, 1, 200), rng.normal(6, 1, 160)) for _ in range(2))
+        kept = np.arange(360) < 200
+        found = [FalseDiscoveryRate().reject(Scales(values, alike, mask)).images for mask in (None, kept)]
+        assert found[0].sum() < found[1].sum()
+        assert not found[1][:200].any()
 
     def test_too_few_images_to_tell_or_too_little_in_common_reject_nothing(self):
         values = np.append(np.random.default_rng(0).normal(0, 1, 200), np.full(20, 30.0))
@@ -139,7 +157,7 @@ class TestQValues:
     @few_examples
     @given(values=scores)
     def test_never_rise_with_the_score(self, values):
-        shares = q_values(values)
+        shares = q_values(Scales(values))
         assert ((shares >= 0) & (shares <= 1)).all()
         assert (np.diff(shares[np.argsort(values, kind="stable")]) <= 0).all()
 
@@ -152,7 +170,7 @@ class TestQValues:
         p_values = np.exp(-np.maximum(np.sort(values)[::-1] - centre, 0) / (1.6 * spread))
         passed = np.flatnonzero(p_values <= level * np.arange(1, len(values) + 1) / len(values))
         expected = np.sort(values)[::-1][passed[-1]] if len(passed) else math.inf
-        found = values[q_values(values, 1.6) <= level]
+        found = values[q_values(Scales(values), 1.6) <= level]
         assert (found.min() if len(found) else math.inf) == pytest.approx(expected)
 
 
@@ -183,7 +201,7 @@ def test_spec(spec, expected):
         ("share:0.65", r"half of them are always kept.*found 0.65"),
         ("share:-0.1", "share in"),
         ("auto:level=1", r"\(0, 1\)"),
-        ("auto:alike=inf", "finite"),
+        ("auto:tail=inf", "finite"),
     ],
 )
 def test_spec_that_cannot_be_used_says_what_was_found_and_what_is_expected(spec, message):
