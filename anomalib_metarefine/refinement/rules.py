@@ -231,9 +231,11 @@ def q_values(scales: Scales, tail: float = AutoSettings.tail) -> np.ndarray:
 
 
 def _spreads(values: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
-    """How many lower-side spreads of the kept images each value lies above their centre, at least 0."""
-    centre, spread = lower_side_scale(values if kept is None else values[kept])
-    return np.maximum(values - centre, 0) / spread if spread > 0 else np.zeros(len(values))
+    """How many lower-side spreads of the kept images each value lies above their centre, at least 0; 0 for a NaN."""
+    known = np.isfinite(values)
+    usual = values[known if kept is None else known & kept]
+    centre, spread = lower_side_scale(usual) if len(usual) else (0.0, 0.0)
+    return np.where(known, np.maximum(values - centre, 0) / spread, 0.0) if spread > 0 else np.zeros(len(values))
 
 
 def _past(scores: np.ndarray, fence: float) -> Rejection:

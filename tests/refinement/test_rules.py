@@ -145,6 +145,14 @@ class TestFalseDiscoveryRate:
         assert found[0].sum() < found[1].sum()
         assert not found[1][:200].any()
 
+    def test_rejects_no_image_whose_likeness_is_not_known(self):
+        rng = np.random.default_rng(0)
+        values, alike = (np.append(rng.normal(0, 1, 200), np.full(20, 30.0)) for _ in range(2))
+        alike[::2] = math.nan
+        assert np.flatnonzero(FalseDiscoveryRate().reject(Scales(values, alike)).images).tolist() == list(
+            range(201, 220, 2)
+        )
+
     def test_too_few_images_to_tell_or_too_little_in_common_reject_nothing(self):
         values = np.append(np.random.default_rng(0).normal(0, 1, 200), np.full(20, 30.0))
         for scales in (Scales(values), Scales(values, np.full(220, 99.0), comparable=False)):
