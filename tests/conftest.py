@@ -1,11 +1,13 @@
 """Shared fixtures: a small folder of images that look like parts, with defects that can be seen."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from anomalib.data import Folder
 from PIL import Image
+from torch import nn
 
 
 def part(rng: np.random.Generator, size: tuple[int, int] = (96, 96), defect: bool = False) -> Image.Image:
@@ -68,6 +70,34 @@ def folder(root: Path, **settings) -> Folder:
         normal_test_dir="test/good",
         **{"train_batch_size": 8, "eval_batch_size": 8, "num_workers": 0, "val_split_mode": "same_as_test", **settings},
     )
+
+
+class Trained(NamedTuple):
+    """The checkpoint's model, the folder of its export, the checkpoint."""
+
+    model: nn.Module
+    folder: Path
+    checkpoint: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    """MetaRefine with a small density on 12 real solar cells."""
+    from anomalib.engine import Engine
+    from lightning import seed_everything
+
+    from anomalib_metarefine import ELPV, MetaRefine
+
+    root = tmp_path_factory.mktemp("trained")
+    seed_everything(0, verbose=False)
+    datamodule = ELPV(train_images=12, eval_batch_size=16)
+    quick = {"dimensions": 32, "blocks": 2, "hidden": 16, "meta_steps": 1, "episodes": 1, "support_images": 4}
+    quick |= {"inner_steps": 1, "adaptation_steps": 1, "batch_patches": 256, "rounds": 0, "image_size": (128, 128)}
+    model = MetaRefine(visualizer=False, **quick)
+    engine = Engine(default_root_dir=root, logger=False, accelerator="cpu", limit_val_batches=1)
+    engine.fit(model, datamodule=datamodule)
+    checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
+    return Trained(model.eval().cpu(), model.to_openvino(root).parent, checkpoint)
 
 
 @pytest.fixture(scope="module")

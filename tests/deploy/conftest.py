@@ -1,7 +1,6 @@
-"""Deployed models: a small graph whose scores are known, and a real model, trained in seconds."""
+"""Deployed models: a small graph whose scores are known."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -9,7 +8,6 @@ import openvino as ov
 import openvino.opset13 as ops
 import pytest
 from PIL import Image
-from torch import nn
 
 from anomalib_metarefine.deploy.sidecar import Sidecar, write_sidecar
 from anomalib_metarefine.images.reading import file_hash
@@ -102,31 +100,3 @@ def save(path: Path, pixels: np.ndarray) -> Path:
 def brightness(tmp_path):
     """Calibrated on raw scores from 6 to 8; uncertain from 9.5 to 10.5."""
     return brightness_model(tmp_path / "model", quantiles=np.linspace(6, 8, 101), band=(9.5, 10.5))
-
-
-class Trained(NamedTuple):
-    """The checkpoint's model, the folder of its export, the checkpoint."""
-
-    model: nn.Module
-    folder: Path
-    checkpoint: Path
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Trained:
-    """MetaRefine with a small density on 12 real solar cells."""
-    from anomalib.engine import Engine
-    from lightning import seed_everything
-
-    from anomalib_metarefine import ELPV, MetaRefine
-
-    root = tmp_path_factory.mktemp("trained")
-    seed_everything(0, verbose=False)
-    datamodule = ELPV(train_images=12, eval_batch_size=16)
-    quick = {"dimensions": 32, "blocks": 2, "hidden": 16, "meta_steps": 1, "episodes": 1, "support_images": 4}
-    quick |= {"inner_steps": 1, "adaptation_steps": 1, "batch_patches": 256, "rounds": 0, "image_size": (128, 128)}
-    model = MetaRefine(visualizer=False, **quick)
-    engine = Engine(default_root_dir=root, logger=False, accelerator="cpu", limit_val_batches=1)
-    engine.fit(model, datamodule=datamodule)
-    checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
-    return Trained(model.eval().cpu(), model.to_openvino(root).parent, checkpoint)
