@@ -6,13 +6,14 @@ place are always the new category's own.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from anomalib_metarefine.density.patch_density import Parameters, new_flow
+from anomalib_metarefine.density.patch_density import new_flow, trainable
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.embedding import Whitening
 from anomalib_metarefine.features.gather import gather, versions
@@ -82,6 +83,12 @@ class SharedInitialisation:
             msg = f"{path} is not an initialisation of `metarefine meta-train` (format {_FORMAT})."
             raise ValueError(msg)
         return cls(**{**data, "whitening": Whitening(*data["whitening"])})
+
+    def start(self, flow: PatchFlow) -> tuple[Whitening, PatchFlow, Parameters]:
+        """What `refine_images` starts from, with a copy of a flow of the same size."""
+        flow = copy.deepcopy(flow).cpu()
+        flow.load_state_dict(self.flow)
+        return self.whitening, flow, trainable(flow)
 
     def require_same(self, backbone: Backbone, name: str, flow: PatchFlow) -> None:
         """Raise a ``ValueError`` if a model has another backbone, other layers or a flow of another size.

@@ -7,17 +7,16 @@ References:
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch
-from anomalib.metrics import AUROC, F1Score
+from anomalib.metrics import AUROC
 from anomalib.metrics.evaluator import Evaluator
 from anomalib.models.components import AnomalibModule, MemoryBankMixin
 from anomalib.post_processing import PostProcessor
@@ -28,7 +27,6 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_metarefine.density.patch_density import trainable
 from anomalib_metarefine.features.backbone import fitting_size, normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.resize import ExactPreProcessor
@@ -47,11 +45,6 @@ from anomalib_metarefine.refinement.engine import refine_images
 from anomalib_metarefine.refinement.fitting import image_scores
 from anomalib_metarefine.refinement.rounds import Refinement
 from anomalib_metarefine.settings import Settings, setting_names, settings_docstring
-
-if TYPE_CHECKING:
-    from anomalib_metarefine.density.flow import PatchFlow
-    from anomalib_metarefine.density.patch_density import Parameters
-    from anomalib_metarefine.features.embedding import Whitening
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +148,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.refinement: Refinement | None = None
         self.calibration: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
-        self._memory_limit_mb = memory_limit_mb
-        self._store = FeatureStore(memory_limit_mb)
+        self._memory_limit_mb, self._store = memory_limit_mb, FeatureStore(memory_limit_mb)
         self._grid: tuple[int, int] | None = None
         self.training_images: dict[str, str] = {}
         self.left_out_scores: list[float] = []
@@ -191,29 +183,16 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         logger.info("Images are resized to %d x %d pixels (height x width), the shape of most of them.", *fitting)
 
     def on_fit_start(self) -> None:
-        """Fail now, before the pass over the images, if meta-learning can't have what it needs.
-
-        Not sooner: a fitted checkpoint is loaded by now, and does without both.
-        """
-        if self._is_fitted:
+        """Fail now, before the pass over the images, if meta-learning can't have what it needs."""
+        if self._is_fitted:  # from a checkpoint, which does without both
             return
         get_learner(self.settings.meta_backend)
         if self._init_from:
             self._shared = SharedInitialisation.load(self._init_from)
             self._shared.require_same(self.model.backbone, self._backbone, self.model.flow)
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
-        """Collect the features of a batch.
-
-        Args:
-            batch (Batch): Images ``[B x 3 x H x W]`` and their paths.
-            *args (Any): Unused.
-            **kwargs (Any): Unused.
-
-        Returns:
-            STEP_OUTPUT: A dummy loss; nothing is learned before `fit`.
-        """
-        del args, kwargs
+    def training_step(self, batch: Batch, *_args: Any, **_settings: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Collect the features of a batch ``[B x 3 x H x W]``; the loss is a dummy, nothing is learned before `fit`."""
         if not self._is_fitted:
             if len(self._store) == 0:
                 warn_if_squashed(batch)
@@ -228,9 +207,9 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             ValueError: If there is no image with finite features.
         """
         if len(self._store) == 0:
-            left_out = next(iter(self._store.left_out.items()), None)
-            reason = f"{left_out[0]}: {left_out[1]}" if left_out else "the training dataloader was empty"
-            msg = f"There is no training image to fit MetaRefine on ({reason})."
+            reasons = [f"{path}: {reason}" for path, reason in self._store.left_out.items()]
+            reasons.append("the training dataloader was empty")
+            msg = f"There is no training image to fit MetaRefine on ({reasons[0]})."
             raise ValueError(msg)
         seed = torch.initial_seed() % 2**63
         self._store.sort()
@@ -239,7 +218,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             torch.inference_mode(mode=False),
             torch.enable_grad(),
         ):
-            start = self._start()
+            start = self._shared.start(self.model.flow) if self._shared else None
             result = refine_images(
                 self._store, self._grid, self.settings, seed, progress, start=start, log=self._log_figures
             )
@@ -248,36 +227,32 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         left_out = result.refinement.left_out | self._images.unreadable
         self.refinement = replace(result.refinement, left_out=left_out)
         self.left_out_scores = image_scores(result.maps, self.settings.tail).tolist()
-        self._know_images()
+        if not self.training_images:  # they came from dataloaders, not from a datamodule
+            paths = [path for path in self.refinement.paths if Path(path).is_file()]
+            self.training_images = check_images(paths, self.bit_depth).hashes
         self.provenance = {"seed": seed, **data_hashes(self.refinement, self.training_images)}
-        self._set_first_thresholds()
-        logger.info(self.refinement.structure)
+        if isinstance(self.post_processor, PostProcessor):  # of a model that is never validated
+            try:
+                calibrate_model(self)
+            except ValueError as error:  # a handful of images, or all alike
+                logger.warning("No threshold was set from the training images: %s", error)
+        kept = self.refinement.kept
         logger.info(
-            "Refinement kept %d of %d training images (%s), and %.1f %% of their patches.",
-            sum(self.refinement.kept), len(self.refinement.kept), self.refinement.stop_reason,
+            "%s\nRefinement kept %d of %d training images (%s), and %.1f %% of their patches.",
+            self.refinement.structure, sum(kept), len(kept), self.refinement.stop_reason,
             100 - 100 * self.refinement.unusual_patches,
         )  # fmt: skip
         for path, reason in self._store.left_out.items():
             logger.warning("%s is left out: %s", path, reason)
         self._store = FeatureStore(self._memory_limit_mb)
 
-    def _start(self) -> tuple[Whitening, PatchFlow, Parameters] | None:
-        """The shared initialisation, if there is one."""
-        if self._shared is None:
-            return None
-        flow = copy.deepcopy(self.model.flow).cpu()
-        flow.load_state_dict(self._shared.flow)
-        return self._shared.whitening, flow, trainable(flow)
-
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+    def validation_step(self, batch: Batch, *_args: Any, **_settings: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score a batch; see `MetaRefineModel.forward`."""
-        del args, kwargs
         return batch.update(**self.model(batch.image)._asdict())
 
     @staticmethod
     def configure_optimizers() -> None:
         """MetaRefine optimises in `fit`, not in Lightning's loop."""
-        return
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -293,35 +268,19 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
     def configure_pre_processor(
         cls, image_size: tuple[int, int] | None = None, backbone: str = OFFLINE_BACKBONE
     ) -> PreProcessor:
-        """Resize, and normalise as the backbone was trained.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width; ``None`` means 256 x 256. Rounded up to what the
-                backbone takes (`fitting_size`).
-            backbone (str): timm architecture whose mean and standard deviation are taken.
-
-        Returns:
-            PreProcessor: Its exported form resizes exactly like its training form, antialiasing included.
-        """
+        """Resize to a height and width (256 x 256, rounded to what the backbone takes); normalise as it was trained."""
         mean, std = normalization(backbone)
         resize = Resize(fitting_size(backbone, image_size or (256, 256)), antialias=True)
         return ExactPreProcessor(Compose([resize, Normalize(mean=list(mean), std=list(std))]))
 
     @staticmethod
     def configure_evaluator() -> Evaluator:
-        """AUROC of images and pixels in validation and test, F1 in test; pixel figures only where there are masks."""
-
-        def auroc() -> list[AUROC]:
-            return [
-                AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
-                AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
-            ]
-
-        f1_scores = [
-            F1Score(fields=["pred_label", "gt_label"], prefix="image_"),
-            F1Score(fields=["pred_mask", "gt_mask"], prefix="pixel_", strict=False),
+        """AUROC of images and pixels in validation, too; pixel figures only where there are masks."""
+        auroc = [
+            AUROC(fields=["pred_score", "gt_label"], prefix="image_"),
+            AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
         ]
-        return Evaluator(val_metrics=auroc(), test_metrics=[*auroc(), *f1_scores])
+        return Evaluator(val_metrics=auroc, test_metrics=list(AnomalibModule.configure_evaluator().test_metrics))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what refinement decided, how the threshold was chosen, and where the model comes from."""
@@ -329,11 +288,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         checkpoint[KEY] = additions(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The inverse of `on_save_checkpoint`.
-
-        Raises:
-            ValueError: If another version wrote it in another format.
-        """
+        """The inverse of `on_save_checkpoint`; a ValueError if another version wrote it in another format."""
         check_format({KEY: {}, **checkpoint})
         super().on_load_checkpoint(checkpoint)
         kept = checkpoint[KEY]
@@ -342,21 +297,6 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             setattr(self, name, kept[name])
         if self._trainer is not None:
             give_resize_to(self.trainer.datamodule)
-
-    def _know_images(self) -> None:
-        """Hash the training images, if they came from dataloaders and not from a datamodule."""
-        if not self.training_images:
-            paths = [path for path in self.refinement.paths if Path(path).is_file()]
-            self.training_images = check_images(paths, self.bit_depth).hashes
-
-    def _set_first_thresholds(self) -> None:
-        """Thresholds from the training images, for a model that is never validated; a validation replaces them."""
-        if not isinstance(self.post_processor, PostProcessor):
-            return
-        try:
-            calibrate_model(self)
-        except ValueError as error:  # a handful of images, or all alike
-            logger.warning("No threshold was set from the training images: %s", error)
 
     def _log_figures(self, figures: dict[str, float], step: int) -> None:
         for sink in self.trainer.loggers:
