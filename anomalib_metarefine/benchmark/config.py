@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _USUAL_TRAININGS = ("raw", "curated", "clean")
 _CHOICES = {
     "trainings": TRAININGS,
-    "defects": ("real", "noise", "blur", "rotation"),
     "protocols": ("replace", "add"),
     "overlaps": ("no-overlap", "overlap"),
 }
@@ -51,9 +50,8 @@ class BenchConfig:
         seeds (tuple[int, ...]): Of the draw of images, of the curation and of the training.
         backbone (str): timm architecture that all models share, as far as they take one.
         layers (tuple[str, ...] | None): Modules of it that are read.
-        defects (tuple[str, ...]): What makes an image dirty; see `Contaminated`.
-        protocols (tuple[str, ...]): How it comes into the training set; see `Contaminated`.
-        overlaps (tuple[str, ...]): Whether it leaves the test set; see `Contaminated`.
+        protocols (tuple[str, ...]): How dirty images come into the training set; see `Contaminated`.
+        overlaps (tuple[str, ...]): Whether they leave the test set; see `Contaminated`.
     """
 
     models: tuple[Entry, ...]
@@ -61,7 +59,6 @@ class BenchConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     backbone: str = OFFLINE_BACKBONE
     layers: tuple[str, ...] | None = ("blocks.2", "blocks.4")
-    defects: tuple[str, ...] = ("real",)
     protocols: tuple[str, ...] = ("replace",)
     overlaps: tuple[str, ...] = ("no-overlap",)
 

@@ -47,7 +47,6 @@ class LeftOut(NamedTuple):
 class Dirt:
     """How a training set is made dirty; see `Contaminated`."""
 
-    defects: str
     protocol: str
     overlap: str
     contamination: float
@@ -74,7 +73,7 @@ class TrainingSet:
         data (DataSet): Where the images come from.
         config (BenchConfig): Whose backbone the curation takes.
         seed (int): Of the curation.
-        datamodule (AnomalibDataModule): Training and test set. Synthetic images lie in a folder that lives as long.
+        datamodule (AnomalibDataModule): Training and test set.
         dirty (np.ndarray): ``[N]`` of bool, true for the dirty training images.
         curator (Curator): Stands behind `curated_images`.
         folder (Path): For repaired images; theirs alone.
@@ -168,14 +167,13 @@ def plan(config: BenchConfig, data: DataSet) -> Iterator[tuple[Dirt, list[tuple[
     Yields:
         tuple[Dirt, list[tuple[Entry, Key]]]: A training set, and the models and keys of its cells. Seeds come first,
             so that an interrupted benchmark has whole tables of fewer seeds. A clean training set is the same for
-            every kind of dirt and protocol, and is there once.
+            every protocol, and is there once.
     """
     shares = sorted({share for entry in config.models for share in entry.contamination})
     size = "x".join(map(str, data.image_size))
-    ways = list(product(config.defects, config.protocols, config.overlaps))
+    ways = list(product(config.protocols, config.overlaps))
     for seed, share, way in product(config.seeds, shares, ways):
-        # Synthetic defects are made from training images: they have nothing to leave or to stay in.
-        if (share == 0 and way != ways[0]) or (way[0] != "real" and way[2] != config.overlaps[0]):
+        if share == 0 and way != ways[0]:
             continue
         common = (data.name, data.category, size, data.train_images or 0, config.backbone, *way, share, seed)
         cells = [
@@ -279,9 +277,7 @@ def _draw(config: BenchConfig, data: DataSet, dirt: Dirt, curator: Curator, fold
     source = data.datamodule(dirt.seed)
     source.prepare_data()
     source.setup()
-    datamodule = Contaminated(
-        source, dirt.contamination, dirt.overlap, dirt.seed, data.train_images, dirt.protocol, dirt.defects
-    )
+    datamodule = Contaminated(source, dirt.contamination, dirt.overlap, dirt.seed, data.train_images, dirt.protocol)
     try:
         datamodule.setup()
     except ValueError as error:

@@ -26,7 +26,6 @@ class Key:
         image_size (str): ``"HxW"`` in pixels.
         train_images (int): Training images asked for; 0 means all that the data set has.
         backbone (str): timm architecture.
-        defects (str): What makes an image dirty: ``"real"`` or a synthetic kind.
         protocol (str): ``"replace"`` or ``"add"``; see `Contaminated`.
         overlap (str): ``"no-overlap"`` or ``"overlap"``: whether injected images leave the test set.
         contamination (float): Share of dirty images in the training set.
@@ -41,7 +40,6 @@ class Key:
     image_size: str
     train_images: int
     backbone: str
-    defects: str
     protocol: str
     overlap: str
     contamination: float

@@ -85,7 +85,7 @@ def _run(config: BenchConfig, options: argparse.Namespace) -> int:
             bars.console.print(_line(found), soft_wrap=True, markup=False, highlight=False)
             bars.advance(task)
     tables = command_line("metarefine", "bench-report", out, "--out", "DIR")
-    print(f"{out}: `{tables}` makes tables and figures of it.")
+    print(f"{out}: `{tables}` makes tables of it.")
     if left_out:
         print("metarefine: not every data set could be had; see above.", file=sys.stderr)
     return 1 if left_out else 0
@@ -95,8 +95,7 @@ def _line(row: Row) -> str:
     from anomalib_metarefine.benchmark.table import label
 
     where = label(row.data, row.category)
-    dirt = "" if row.defects == "real" else f" {row.defects}"
-    cell = f"{row.date[11:19]} {where} {row.contamination:.0%}{dirt} seed {row.seed} {row.model}, {row.training}"
+    cell = f"{row.date[11:19]} {where} {row.contamination:.0%} seed {row.seed} {row.model}, {row.training}"
     if row.reason:
         return f"{cell}: not run. {row.reason}"
     return f"{cell}: image AUROC {row.image_AUROC:.3f}, {row.kept} images, {row.fit_seconds:.1f} s"
@@ -129,8 +128,8 @@ BENCHMARK = {
         _bench,
     ),
     "bench-report": Command(
-        "tables and figures of result files",
-        "Write Markdown and LaTeX tables, and figures as SVG and PNG, of what `metarefine bench` measured.",
+        "tables of result files",
+        "Write tables in Markdown of what `metarefine bench` measured.",
         _report_arguments,
         _report,
     ),

@@ -10,36 +10,26 @@ import pandas as pd
 from anomalib.data import AnomalibDataModule
 from anomalib.data.utils import LabelName, Split, ValSplitMode
 
-from anomalib_metarefine.data.synthetic import TemporaryFolder, write_defective
-
 Overlap = Literal["no-overlap", "overlap"]
 Protocol = Literal["replace", "add"]
-Defects = Literal["real", "noise", "blur", "rotation"]
 
 
 class Contaminated(AnomalibDataModule):
     """A datamodule whose training set is dirty to a known degree.
 
-    Defective images take the place of good training images, or come on top of them. They are real ones of the test set,
-    or good training images made worse. The wrapped datamodule is never changed. Injected images carry the label and
-    split of training images, as unlabelled defects do; `injected` lists them.
-
-    The same seed keeps the same good images whatever ``defects`` is, and with more contamination the dirty images of
-    less are there again.
+    Defective images of the test set take the place of good training images, or come on top of them. The wrapped
+    datamodule is never changed. Injected images carry the label and split of training images, as unlabelled defects do;
+    `injected` lists them. With the same seed and more contamination, the dirty images of less are there again.
 
     Args:
         datamodule (AnomalibDataModule): Where the images come from.
         contamination (float): Share of dirty images in the finished training set, in [0, 1).
-        overlap (Overlap): Whether injected images leave the test set or stay in it too. Means nothing for synthetic
-            defects: those leave the test set as it is.
+        overlap (Overlap): Whether injected images leave the test set or stay in it too.
         seed (int): Which good images are kept, and which defective ones come in.
         train_images (int | None): Size of the training set; with ``protocol="add"``, number of its good images.
             ``None`` takes as many as ``datamodule`` has in its training set.
         protocol (Protocol): ``"replace"``: dirty images take the place of good ones, the size stays. ``"add"``: good
             images stay and dirty ones come on top of them.
-        defects (Defects): ``"real"``: from the test set. ``"noise"``, ``"blur"`` or ``"rotation"``: copies of good
-            training images, made worse by `anomalib_metarefine.data.synthetic` and written to a temporary folder, which
-            is deleted with this datamodule. With ``protocol="replace"`` their originals leave the training set.
 
     Attributes:
         injected (list[str]): Paths of the defective images in the training set.
@@ -64,7 +54,6 @@ class Contaminated(AnomalibDataModule):
         seed: int = 0,
         train_images: int | None = None,
         protocol: Protocol = "replace",
-        defects: Defects = "real",
     ) -> None:
         if not 0 <= contamination < 1:
             msg = f"contamination must be a share in [0, 1), found {contamination}."
@@ -72,10 +61,9 @@ class Contaminated(AnomalibDataModule):
         for name, value, choices in (
             ("overlap", overlap, get_args(Overlap)),
             ("protocol", protocol, get_args(Protocol)),
-            ("defects", defects, get_args(Defects)),
         ):
             if value not in choices:
-                msg = f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, found {value!r}."
+                msg = f"{name} must be {' or '.join(map(repr, choices))}, found {value!r}."
                 raise ValueError(msg)
         super().__init__(
             train_batch_size=datamodule.train_batch_size,
@@ -95,10 +83,8 @@ class Contaminated(AnomalibDataModule):
         self.overlap = overlap
         self.train_images = train_images
         self.protocol = protocol
-        self.defects = defects
         self.category = datamodule.category
         self.injected: list[str] = []
-        self._folder: TemporaryFolder | None = None
 
     @property
     def name(self) -> str:
@@ -118,32 +104,17 @@ class Contaminated(AnomalibDataModule):
         self._check_clean(source)
         train, test = source.train_data.samples, source.test_data.samples
         generator = np.random.default_rng(self.seed)
-        # Both are drawn for every kind of defect, so that a seed always keeps the same good images.
         defective = generator.permutation(np.flatnonzero(test.label_index == LabelName.ABNORMAL))
         order = generator.permutation(len(train))
         good, dirty = good_and_dirty(self.train_images or len(train), self.contamination, self.protocol)
-        if self.defects == "real":
-            self._check_defective(good, dirty, len(defective))
-            self._check_good(dirty, good, len(train))
-            chosen = np.sort(defective[:dirty])
-            injected = test.iloc[chosen]
-        else:
-            self._check_good(dirty, max(good, dirty) if self.protocol == "add" else good + dirty, len(train))
-            chosen = np.sort((order if self.protocol == "add" else order[good:])[:dirty])
-            injected = self._made_worse(train.iloc[chosen])
-        injected = injected.assign(split=Split.TRAIN.value, label_index=int(LabelName.NORMAL))
+        self._check_enough(good, dirty, len(train), len(defective))
+        chosen = np.sort(defective[:dirty])
+        injected = test.iloc[chosen].assign(split=Split.TRAIN.value, label_index=int(LabelName.NORMAL))
         self.injected = injected.image_path.astype(str).tolist()
         self.train_data, self.test_data = source.train_data, source.test_data
         self.train_data.samples = _concatenate(train.iloc[np.sort(order[:good])], injected)
-        if self.defects == "real" and self.overlap == "no-overlap":
+        if self.overlap == "no-overlap":
             self.test_data.samples = _concatenate(test.drop(index=test.index[chosen]))
-
-    def _made_worse(self, originals: pd.DataFrame) -> pd.DataFrame:
-        """Rows of defective copies, which are numbered by their originals' places in the training set."""
-        self._folder = self._folder or TemporaryFolder()
-        paths = originals.image_path.astype(str).tolist()
-        copies = write_defective(paths, originals.index.tolist(), self.defects, self.seed, self._folder.path)
-        return originals.assign(image_path=copies)
 
     def _check_clean(self, source: AnomalibDataModule) -> None:
         known = len(getattr(source, "unlabelled_defects", []))
@@ -155,7 +126,7 @@ class Contaminated(AnomalibDataModule):
             )
             raise ValueError(msg)
 
-    def _check_defective(self, good: int, dirty: int, available: int) -> None:
+    def _check_enough(self, good: int, dirty: int, available_good: int, available: int) -> None:
         if dirty > available or (self.overlap == "no-overlap" and dirty == available):
             msg = (
                 f"A training set of {good + dirty} images with contamination {self.contamination:g} needs {dirty} "
@@ -164,11 +135,10 @@ class Contaminated(AnomalibDataModule):
             )
             raise ValueError(msg)
 
-    def _check_good(self, dirty: int, needed: int, available: int) -> None:
-        if needed > available:
+        if good > available_good:
             msg = (
-                f"train_images={self.train_images or available} with {dirty} defective ones needs {needed} good "
-                f"images; {self.name} has {available}. Lower `contamination` or `train_images`."
+                f"train_images={self.train_images} with {dirty} defective ones needs {good} good "
+                f"images; {self.name} has {available_good}. Lower `train_images`."
             )
             raise ValueError(msg)
 

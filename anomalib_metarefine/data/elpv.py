@@ -8,7 +8,7 @@ References:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -45,13 +45,8 @@ class ELPV(AnomalibDataModule):
         train_batch_size (int): Batch size of the training dataloader.
         eval_batch_size (int): Batch size of the other dataloaders.
         num_workers (int): Workers of each dataloader.
-        train_augmentations (Transform | None): Augmentations of training images.
-        val_augmentations (Transform | None): Augmentations of validation images.
-        test_augmentations (Transform | None): Augmentations of test images.
-        augmentations (Transform | None): Augmentations where there are none of the stage's own.
         val_split_mode (ValSplitMode | str): Where validation images come from.
-        val_split_ratio (float): Share of images for validation.
-        seed (int | None): Which good cells are for training; ``None`` means 0.
+        **settings (Any): See `AnomalibDataModule`; its ``seed`` draws the good cells for training (``None`` means 0).
 
     Raises:
         ModuleNotFoundError: If ``root`` is not given and the package is not installed.
@@ -72,26 +67,16 @@ class ELPV(AnomalibDataModule):
         train_batch_size: int = 32,
         eval_batch_size: int = 32,
         num_workers: int = 0,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
         val_split_mode: ValSplitMode | str = ValSplitMode.SAME_AS_TEST,
-        val_split_ratio: float = 0.5,
-        seed: int | None = None,
+        **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
             val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
             test_split_mode=TestSplitMode.FROM_DIR,
-            seed=seed,
+            **settings,
         )
         if cell_type not in ("mono", "poly", "both"):
             msg = f"cell_type must be 'mono', 'poly' or 'both', found {cell_type!r}."

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pandas as pd
 from anomalib.data import AnomalibDataModule, AnomalibDataset
@@ -89,15 +89,9 @@ class KolektorSDD2(AnomalibDataModule):
         train_batch_size (int): Batch size of the training dataloader.
         eval_batch_size (int): Batch size of the other dataloaders.
         num_workers (int): Workers of each dataloader.
-        train_augmentations (Transform | None): Augmentations of training images.
-        val_augmentations (Transform | None): Augmentations of validation images.
-        test_augmentations (Transform | None): Augmentations of test images.
-        augmentations (Transform | None): Augmentations where there are none of the stage's own.
         test_split_mode (TestSplitMode | str): Where test images come from.
-        test_split_ratio (float): Share of training images for testing, where the mode asks for it.
         val_split_mode (ValSplitMode | str): Where validation images come from.
-        val_split_ratio (float): Share of images for validation.
-        seed (int | None): Seed of random splits.
+        **settings (Any): See `AnomalibDataModule`.
 
     Raises:
         ValueError: If ``train_defects`` is unknown.
@@ -117,29 +111,17 @@ class KolektorSDD2(AnomalibDataModule):
         train_batch_size: int = 32,
         eval_batch_size: int = 32,
         num_workers: int = 8,
-        train_augmentations: Transform | None = None,
-        val_augmentations: Transform | None = None,
-        test_augmentations: Transform | None = None,
-        augmentations: Transform | None = None,
         test_split_mode: TestSplitMode | str = TestSplitMode.FROM_DIR,
-        test_split_ratio: float = 0.2,
         val_split_mode: ValSplitMode | str = ValSplitMode.SAME_AS_TEST,
-        val_split_ratio: float = 0.5,
-        seed: int | None = None,
+        **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(
             train_batch_size=train_batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
-            train_augmentations=train_augmentations,
-            val_augmentations=val_augmentations,
-            test_augmentations=test_augmentations,
-            augmentations=augmentations,
             test_split_mode=test_split_mode,
-            test_split_ratio=test_split_ratio,
             val_split_mode=val_split_mode,
-            val_split_ratio=val_split_ratio,
-            seed=seed,
+            **settings,
         )
         _check_train_defects(train_defects)
         self.root = resolve_dataset_root(root, "KolektorSDD2")

@@ -26,7 +26,7 @@ def test_defaults(tmp_path):
     assert dfm.spec.class_path == "Dfm"
     assert padim.contamination == (0.0, 0.2, 0.4)
     assert padim.trainings == ("raw", "curated", "clean")
-    assert (config.seeds, config.defects, config.protocols) == ((0, 1, 2), ("real",), ("replace",))
+    assert (config.seeds, config.protocols) == ((0, 1, 2), ("replace",))
     assert config.data[0].image_size == (256, 256)
 
 

@@ -7,7 +7,7 @@ import pytest
 from anomalib_metarefine.benchmark.table import COLUMNS, KEY, ResultTable, Row, read_results
 
 ROW = Row(
-    data="parts", category="", image_size="64x64", train_images=20, backbone="tf_efficientnet_lite0", defects="real",
+    data="parts", category="", image_size="64x64", train_images=20, backbone="tf_efficientnet_lite0",
     protocol="replace", overlap="no-overlap", contamination=0.2, seed=0, model="PaDiM, small",
     settings='{"layers": ["a", "b"]}', training="curated", image_AUROC=0.9, kept=16, rejected=4, recall=0.5,
     fit_seconds=1.5, test_normal=8, test_abnormal=4, versions="anomalib 2.7.0",

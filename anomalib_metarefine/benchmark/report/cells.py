@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 REFINED, UNREFINED = "MetaRefine", "MetaRefine, unrefined"  # names of models, as the configurations have them
 CELL = ["data", "category", "seed"]
 _PLACE = ["data", "category"]
-_DIRT = ["protocol", "overlap", "defects"]
+_DIRT = ["protocol", "overlap"]
 _IDENTITY = [name for name in KEY if name not in {"image_size", "train_images", "backbone", "settings"}]  # of a cell
 _TEXTS = ["category", "settings", "backbone", "reason", "versions", "machine", "date", *_DIRT]
 _FIGURES = [name for name in COLUMNS[COLUMNS.index("image_AUROC") : COLUMNS.index("reason")] if "test_" not in name]
@@ -26,7 +26,6 @@ class Scenario(NamedTuple):
 
     protocol: str
     overlap: str
-    defects: str
 
     @property
     def slug(self) -> str:
@@ -36,8 +35,7 @@ class Scenario(NamedTuple):
     def __str__(self) -> str:
         how = {"replace": "dirty images take the place of good ones", "add": "dirty images are added to the good ones"}
         test = {"no-overlap": "they are not in the test set", "overlap": "they are in the test set, too"}
-        kind = "real defects" if self.defects == "real" else f"synthetic defects ({self.defects})"
-        return f"{kind}; {how.get(self.protocol, self.protocol)}; {test.get(self.overlap, self.overlap)}"
+        return f"{how.get(self.protocol, self.protocol)}; {test.get(self.overlap, self.overlap)}"
 
 
 def checked(rows: pd.DataFrame) -> pd.DataFrame:

@@ -35,7 +35,7 @@ def _cell(m, model, place, name, category, share, run, seed, fields):
         dirty = 200 * share
         yield {
             **{field: getattr(Row, field, "") for field in COLUMNS},
-            **{"data": name, "category": category, "image_size": "256x256", "train_images": 200, "defects": "real"},
+            **{"data": name, "category": category, "image_size": "256x256", "train_images": 200},
             **{"backbone": "a_backbone", "protocol": "replace", "overlap": "no-overlap", "contamination": share},
             **{"seed": run, "model": model, "settings": f'{{"class_path": "made_up.{model}"}}', "training": training},
             **{"image_AUROC": value, "image_AUPR": value - 0.05, "image_F1Max": value - 0.1},

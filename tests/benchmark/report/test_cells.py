@@ -80,30 +80,30 @@ def test_no_results():
 
 
 def test_clean_training_sets_belong_to_every_kind_of_dirt():
-    blurred = results(models=("DFM", "PaDiM"), shares=(0.2,), seeds=(0, 1), defects="blur")
-    parts = scenarios(checked(pd.concat([SMALL, blurred])))
-    assert [one.defects for one in parts] == ["blur", "real"]
+    added = results(models=("DFM", "PaDiM"), shares=(0.2,), seeds=(0, 1), protocol="add")
+    parts = scenarios(checked(pd.concat([SMALL, added])))
+    assert [one.protocol for one in parts] == ["add", "replace"]
     for part in parts.values():
         assert len(part) == len(SMALL)
-        assert part[part.contamination > 0].defects.nunique() == 1
+        assert part[part.contamination > 0].protocol.nunique() == 1
         assert not part.duplicated(KEY).any()
 
 
 def test_its_own_clean_rows_come_first():
-    blurred = results(models=("DFM", "PaDiM"), shares=(0.0, 0.2), seeds=(0, 1), defects="blur")
-    parts = scenarios(checked(pd.concat([SMALL.assign(image_AUROC=0.9), blurred.assign(image_AUROC=0.8)])))
-    assert {one.defects: set(part.image_AUROC) for one, part in parts.items()} == {"real": {0.9}, "blur": {0.8}}
+    added = results(models=("DFM", "PaDiM"), shares=(0.0, 0.2), seeds=(0, 1), protocol="add")
+    parts = scenarios(checked(pd.concat([SMALL.assign(image_AUROC=0.9), added.assign(image_AUROC=0.8)])))
+    assert {one.protocol: set(part.image_AUROC) for one, part in parts.items()} == {"replace": {0.9}, "add": {0.8}}
 
 
 def test_a_clean_benchmark_has_one_scenario():
-    assert list(scenarios(checked(SMALL[SMALL.contamination == 0]))) == [Scenario("replace", "no-overlap", "real")]
+    assert list(scenarios(checked(SMALL[SMALL.contamination == 0]))) == [Scenario("replace", "no-overlap")]
 
 
 def test_names():
     assert model_order(["PaDiM", "cflow", UNREFINED, REFINED, "PaDiM"]) == [REFINED, UNREFINED, "cflow", "PaDiM"]
     assert (label("parts", ""), label("parts", "bolt"), label("screw", "screw")) == ("parts", "parts/bolt", "screw")
-    assert Scenario("add", "overlap", "blur").slug == "add-overlap-blur"
-    assert "synthetic defects (blur)" in str(Scenario("add", "overlap", "blur"))
+    assert Scenario("add", "overlap").slug == "add-overlap"
+    assert "added to the good ones; they are in the test set, too" in str(Scenario("add", "overlap"))
 
 
 def grid(values):
