@@ -28,6 +28,7 @@ from anomalib_metarefine.model.initialisation import learn_together
 from anomalib_metarefine.refinement.fitting import Images, fit_density, learn_initialisation
 from anomalib_metarefine.settings import Settings
 from studies.common import add_grid, all_features, begin, dirty_set, finished, markdown, record, refine, spread
+from studies.data_sets import parse_data_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -255,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     starts = options.starts or possible
     if not set(starts) <= set(possible):
         parser.error(f"{OTHERS!r} needs at least two data sets, found one: {options.data[0]}.")
-    data = [DataSet.parse(text) for text in options.data]
+    data = [parse_data_set(text) for text in options.data]
     sizes, shares = options.train_images, options.contamination
     record(run(options.out, data, sizes, shares, options.seeds, starts, options.refinements), options.out)
     print(summarise(pd.read_csv(options.out)))

@@ -26,6 +26,7 @@ from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.refinement.engine import Result
 from anomalib_metarefine.refinement.fitting import image_scores
 from studies.common import add_grid, features_of, finished, markdown, record, refine
+from studies.data_sets import parse_data_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--mix", nargs="*", default=[], metavar="N+M", help="folders of the first two data sets of --data instead")
     add("--summary", action="store_true", help="print the tables of the rows that are there")
     options = parser.parse_args(argv)
-    families = [DataSet.parse(text) for text in options.data]
+    families = [parse_data_set(text) for text in options.data]
     done = finished(options.out, KEY)
     if options.mix:
         for share in options.contamination:

@@ -31,6 +31,7 @@ from studies.common import (
     refine,
     spread,
 )
+from studies.data_sets import parse_data_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="+", default=[Settings().rule])
     parser.add_argument("--looks", type=int, nargs="+", default=[0], metavar="K", help="images that a person looks at")
     options = parser.parse_args(argv)
-    data = [DataSet.parse(spec) for spec in options.data]
+    data = [parse_data_set(spec) for spec in options.data]
     grid = (options.contamination, options.seeds, options.scores, options.rules, options.looks)
     record(run(finished(options.out, KEY), data, *grid), options.out)
     print(summarise(pd.read_csv(options.out)))

@@ -237,10 +237,10 @@ def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         if not options.scores.is_file():
-            from anomalib_metarefine.benchmark.data_sets import DataSet
+            from studies.data_sets import parse_data_set
 
-            other = DataSet.parse(options.other) if options.other else None
-            np.savez(options.scores, **collect(DataSet.parse(options.data), other, options.seed))
+            other = parse_data_set(options.other) if options.other else None
+            np.savez(options.scores, **collect(parse_data_set(options.data), other, options.seed))
         with np.load(options.scores) as stored:
             scores = dict(stored)
     except (ValueError, OSError) as error:

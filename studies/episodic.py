@@ -41,6 +41,7 @@ from studies.common import (
 from studies.common import (
     begin as meta_trained,
 )
+from studies.data_sets import parse_data_set
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     add_grid(parser, [0.2, 0.4])
     parser.add_argument("--support", type=int, nargs="+", default=[16, 8], help="images of a support set")
     options = parser.parse_args(argv)
-    data = [DataSet.parse(spec) for spec in options.data]
+    data = [parse_data_set(spec) for spec in options.data]
     done = finished(options.out, KEY)
     record(run(done, data, options.contamination, options.seeds, options.support), options.out)
     print(summarise(pd.read_csv(options.out)))

@@ -26,7 +26,6 @@ import torch
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
-from anomalib_metarefine.benchmark.report.drawing import Picture, canvas, look
 from anomalib_metarefine.density.patch_density import flow_loss, trainable
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
@@ -35,6 +34,7 @@ from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.fitting import category
 from anomalib_metarefine.settings import Settings, seed_for
 from studies.common import begin
+from studies.drawing import Picture, canvas, look
 from studies.loss_surface import largest_eigenvalue, random_direction, rises, surface
 
 if TYPE_CHECKING:

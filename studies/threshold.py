@@ -36,6 +36,7 @@ from anomalib_metarefine.features.embedding import Whitening, image_score
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.settings import Settings
 from studies.common import features_of, markdown, refine
+from studies.data_sets import parse_data_set
 
 _GOOD, _DEFECTIVE, _LINE = "#56B4E9", "#D55E00", "#000000"  # Okabe and Ito's palette: safe for colour-blind readers
 _PATCHES = 60_000  # for the whitening
@@ -276,7 +277,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     for spec in arguments.data:
-        data = DataSet.parse(spec)
+        data = parse_data_set(spec)
         clean = table(data, *features(data), arguments.seeds, arguments.repeats, arguments.density)
         if spec == "elpv-mono":
             draw(clean[0], arguments.out)

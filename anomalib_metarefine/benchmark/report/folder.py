@@ -1,24 +1,20 @@
-"""A folder of tables and figures from the results of `metarefine bench`."""
+"""A folder of tables from the results of `metarefine bench`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from anomalib_metarefine.benchmark.report import figures
-from anomalib_metarefine.benchmark.report.cells import Scenario, checked, model_order, on_machine, scenarios, share
-from anomalib_metarefine.benchmark.report.drawing import Picture, Style, look
-from anomalib_metarefine.benchmark.report.published import published_table
+from anomalib_metarefine.benchmark.report.cells import checked, model_order, on_machine, scenarios, share
 from anomalib_metarefine.benchmark.report.tables import IMAGE, IMAGE_AUROC, PIXEL, comparison, comparisons, costs, gains
 from anomalib_metarefine.benchmark.report.typeset import Table, pipe_table
 from anomalib_metarefine.benchmark.table import TRAININGS, label
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     import pandas as pd
 
-_FIGURES = (figures.paper_bars, figures.against_contamination, figures.overall, figures.by_class)
 _HOW_TO_READ = """\
 Every model is trained on a folder of images that are said to be good, of which a known share is not: **raw** on
 everything, **curated** on what `curate` lets pass, **repaired** on the same with the places that look unusual
@@ -45,14 +41,20 @@ class File(NamedTuple):
     title: str
     tables: list[Table]
 
+    def write(self, folder: Path) -> Path:
+        """Write it into a folder, and say where."""
+        path = folder / f"{self.stem}.md"
+        text = "\n".join([f"# {self.title}\n", *(one.markdown() for one in self.tables)])
+        path.write_text(text, encoding="utf-8")
+        return path
 
-def report(rows: pd.DataFrame, folder: Path, published: bool = True) -> list[Path]:
-    """Write tables (Markdown, LaTeX), figures (SVG, PNG) and a README.md that leads to all of them.
+
+def report(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write tables in Markdown, and a README.md that leads to all of them.
 
     Args:
         rows (pd.DataFrame): Columns of `table.Row`, from one or several result files.
-        folder (Path): Made if it does not exist. Results with several kinds of dirt or protocols get a folder each.
-        published (bool): Whether to put published figures of other methods beside these.
+        folder (Path): Made if it does not exist. Results with several protocols get a folder each.
 
     Returns:
         list[Path]: All files written, README.md first.
@@ -61,32 +63,25 @@ def report(rows: pd.DataFrame, folder: Path, published: bool = True) -> list[Pat
         ValueError: If rows do not belong together; see `cells.checked`.
     """
     rows = checked(rows)
-    style = Style.of(rows)
     parts = scenarios(rows)
     written: list[Path] = []
     text = ["# Benchmark: training on dirty folders", _HOW_TO_READ]
     for scenario, part in parts.items():
         place = folder / scenario.slug if len(parts) > 1 else folder
         place.mkdir(parents=True, exist_ok=True)
-        files = [one for one in _files(part, scenario, published) if one.tables]
-        written += [path for one in files for path in _write(one, place)]
-        pictures = []
-        with look():
-            for draw in _FIGURES:
-                for picture in draw(part, style):
-                    written += picture.save(place)
-                    pictures.append(picture)
+        files = [one for one in _files(part) if one.tables]
+        written += [one.write(place) for one in files]
         link = f"{scenario.slug}/" if len(parts) > 1 else ""
         text.append(f"## Results: {scenario}")
         text.append(comparison(part, IMAGE_AUROC, "raw", categories=False).markdown(level=3))
-        text += _index(files, pictures, link)
+        text.append("\n".join(f"- [{one.title}]({link}{one.stem}.md)" for one in files))
     text += _what_was_run(rows)
     readme = folder / "README.md"
     readme.write_text("\n\n".join(part.strip("\n") for part in text) + "\n", encoding="utf-8")
     return [readme, *written]
 
 
-def _files(rows: pd.DataFrame, scenario: Scenario, published: bool) -> Iterator[File]:
+def _files(rows: pd.DataFrame) -> Iterator[File]:
     yield File(
         "image_auroc", "Image AUROC of every model, data set and contamination", comparisons(rows, [IMAGE_AUROC])
     )
@@ -94,27 +89,6 @@ def _files(rows: pd.DataFrame, scenario: Scenario, published: bool) -> Iterator[
     yield File("pixel", "Pixel metrics, where there are masks", comparisons(rows, PIXEL))
     yield File("image_other", "Other image metrics", comparisons(rows, IMAGE))
     yield File("cost", "Seconds, images per second, memory", costs(rows))
-    if published:
-        yield File("published", "Published figures of other methods beside ours", [published_table(rows, scenario)])
-
-
-def _write(file: File, folder: Path) -> list[Path]:
-    paths = [folder / f"{file.stem}.md", folder / f"{file.stem}.tex"]
-    paths[0].write_text("\n".join([f"# {file.title}\n", *(one.markdown() for one in file.tables)]), encoding="utf-8")
-    head = "% Needs \\usepackage{booktabs,longtable} and UTF-8.\n\n"
-    paths[1].write_text(head + "\n".join(one.latex() for one in file.tables), encoding="utf-8")
-    return paths
-
-
-def _index(files: Iterable[File], pictures: Iterable[Picture], link: str) -> Iterator[str]:
-    yield "### Tables"
-    yield "\n".join(f"- [{one.title}]({link}{one.stem}.md) ([LaTeX]({link}{one.stem}.tex))" for one in files)
-    yield "### Figures"
-    for picture in pictures:
-        yield f"**{picture.title}.** {picture.caption}"
-        if picture.figure is not None:
-            path = f"{link}{picture.name}"
-            yield f"![{picture.title}]({path}.svg)\n\n([PNG]({path}.png))"
 
 
 def _what_was_run(rows: pd.DataFrame) -> Iterator[str]:

@@ -1,8 +1,7 @@
-"""One table as Markdown and as LaTeX, both by pandas."""
+"""One table as Markdown, by pandas."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,31 +45,14 @@ class Table:
 
     def markdown(self, level: int = 2) -> str:
         """Heading of a level, text, table and footnotes."""
-        lines = [
-            {name: f"**{text}**" if name in best else text for name, text in line.items()}
-            for line, best in zip(self.lines, self._best(), strict=True)
-        ]
-        table = pipe_table(lines)
-        notes = "  \n".join(self._footnotes())  # two spaces make a line break
-        return "\n\n".join(filter(None, [f"{'#' * level} {self.title}", self.text, table, notes])) + "\n"
-
-    def latex(self) -> str:
-        r"""A ``longtable`` with a caption, for the packages longtable and booktabs (``\textbf`` for the best)."""
-        frame = pd.DataFrame(self.lines).fillna("")
-        bold = [["textbf:--rwrap;" if name in best else "" for name in frame] for best in self._best()]
-        styles = pd.DataFrame(bold, frame.index, frame.columns)
-        style = frame.style.apply(lambda _: styles, axis=None).format(escape="latex").hide(axis="index")
-        style = style.format_index(escape="latex", axis="columns")
-        caption = re.sub(r"([%&_#$])", r"\\\1", ". ".join(filter(None, [self.title, self.text])))
-        table = style.to_latex(environment="longtable", hrules=True, caption=caption)
-        notes = [re.sub(r"([%&_#$])", r"\\\1", note) for note in self._footnotes()]
-        return "\n\n".join([table.rstrip("\n"), *notes]) + "\n"
-
-    def _best(self) -> list[set[str]]:
-        return self.best or [set()] * len(self.lines)
-
-    def _footnotes(self) -> list[str]:
-        return [f"[{number}] {' '.join(note.split())}" for note, number in self.notes.items()]
+        best = self.best or [set()] * len(self.lines)
+        table = pipe_table(
+            {name: f"**{text}**" if name in bold else text for name, text in line.items()}
+            for line, bold in zip(self.lines, best, strict=True)
+        )
+        notes = [f"[{number}] {' '.join(note.split())}" for note, number in self.notes.items()]
+        # Two spaces make a line break.
+        return "\n\n".join(filter(None, [f"{'#' * level} {self.title}", self.text, table, "  \n".join(notes)])) + "\n"
 
 
 def pipe_table(lines: Iterable[Mapping[str, str]]) -> str:

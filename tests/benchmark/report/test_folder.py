@@ -3,8 +3,6 @@ import re
 import pandas as pd
 import pytest
 
-from anomalib_metarefine.benchmark.report import figures
-from anomalib_metarefine.benchmark.report import folder as module
 from anomalib_metarefine.benchmark.report.folder import report
 from tests.benchmark.report.made_up import DATA, MODELS, failed, results
 
@@ -22,12 +20,6 @@ def folder(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.fixture
-def few_figures(monkeypatch):
-    """For tests of tables and of the index; every figure takes its second."""
-    monkeypatch.setattr(module, "_FIGURES", (figures.against_contamination,))
-
-
 def links(text):
     return re.findall(r"\]\(([^)]+)\)", text)
 
@@ -35,10 +27,7 @@ def links(text):
 def test_the_index_leads_to_everything(folder):
     found = set(links((folder / "README.md").read_text()))
     assert found == {path.name for path in folder.iterdir()} - {"README.md"}
-    stems = {"image_auroc", "curation", "pixel", "image_other", "cost", "published"}
-    assert {f"{stem}.{suffix}" for stem in stems for suffix in ("md", "tex")} <= found
-    pictures = {"clean_corrupted_refined", "by_class_0", "by_class_40", "overall", "against_contamination"}
-    assert {f"{name}.{suffix}" for name in pictures for suffix in ("svg", "png")} <= found
+    assert found == {f"{stem}.md" for stem in ("image_auroc", "curation", "pixel", "image_other", "cost")}
 
 
 def test_the_index_says_what_was_run(folder):
@@ -72,18 +61,17 @@ def test_the_same_rows_make_the_same_files(folder, tmp_path):
         assert path.read_bytes() == (folder / path.name).read_bytes(), path.name
 
 
-def test_kinds_of_dirt_are_never_mixed(tmp_path, few_figures):
+def test_kinds_of_dirt_are_never_mixed(tmp_path):
     rows = results(models=("DFM", "PaDiM"), data=DATA[:1], shares=(0.0, 0.2), seeds=(0,))
-    blurred = rows[rows.contamination > 0].assign(defects="blur", image_AUROC=0.123)
-    written = report(pd.concat([rows, blurred]), tmp_path, published=False)
-    assert {path.parent.name for path in written[1:]} == {"replace-no-overlap-real", "replace-no-overlap-blur"}
-    assert "12.3" in (tmp_path / "replace-no-overlap-blur/image_auroc.md").read_text()
-    assert "12.3" not in (tmp_path / "replace-no-overlap-real/image_auroc.md").read_text()
+    added = rows[rows.contamination > 0].assign(protocol="add", image_AUROC=0.123)
+    written = report(pd.concat([rows, added]), tmp_path)
+    assert {path.parent.name for path in written[1:]} == {"replace-no-overlap", "add-no-overlap"}
+    assert "12.3" in (tmp_path / "add-no-overlap/image_auroc.md").read_text()
+    assert "12.3" not in (tmp_path / "replace-no-overlap/image_auroc.md").read_text()
     text = (tmp_path / "README.md").read_text()
-    assert "## Results: synthetic defects (blur)" in text
-    assert "## Results: real defects" in text
+    assert "## Results: dirty images are added to the good ones" in text
+    assert "## Results: dirty images take the place of good ones" in text
     assert all((tmp_path / link).is_file() for link in links(text))
-    assert not list(tmp_path.rglob("published.*"))
 
 
 def test_a_report_of_nothing_but_failures(tmp_path):
@@ -92,14 +80,12 @@ def test_a_report_of_nothing_but_failures(tmp_path):
     assert "(144 cells): no network" in text
     assert "- Versions: not stated" in text
     assert "[1] no network" in (tmp_path / "image_auroc.md").read_text()
-    assert not list(tmp_path.glob("*.svg"))
 
 
-def test_a_clean_benchmark_with_one_seed(tmp_path, few_figures):
+def test_a_clean_benchmark_with_one_seed(tmp_path):
     rows = results(models=("PaDiM",), data=DATA[:1], shares=(0.0,), seeds=(0,))
     report(rows[rows.training == "raw"], tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "There are figures for fewer than two contaminations." in text
     assert "Every cell in the results ran." in text
 
 

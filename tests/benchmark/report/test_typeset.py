@@ -17,11 +17,3 @@ def test_markdown():
     assert cells[0] == ["data", "dirty", "late"]
     assert cells[2:] == [["a_b [1]", "**10 %**", ""], ["c", "x / y", "1"]]
     assert lines[-1] == "[1] no | network"
-
-
-def test_latex():
-    text = TABLE.latex()
-    assert r"\caption{Made up, 100 \%. What to know.}" in text
-    assert r"a\_b [1] & \textbf{10 \%} &  \\" in text
-    assert text.count(r"\begin{longtable}") == text.count(r"\end{longtable}") == 1
-    assert text.endswith("[1] no | network\n")

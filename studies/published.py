@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -30,7 +30,7 @@ _ALIKE = 0.01  # shares of dirty images that are put side by side
 
 def read_published() -> Mapping[str, Any]:
     """``published.yaml``: ``data_sets``, ``protocols`` and ``figures``."""
-    return yaml.safe_load(files(__package__).joinpath("published.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def published_table(rows: pd.DataFrame, scenario: Scenario) -> Table:

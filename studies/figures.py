@@ -1,11 +1,16 @@
-"""The paper's figures 1, 4 and 5 (clean, corrupted, refined; every class; the average), and contamination curves.
+"""Figures of result files of `metarefine bench`, and published figures of other methods beside them.
 
+    python -m studies.figures results/bench.csv --out figures
+
+The paper's figures 1, 4 and 5 (clean, corrupted, refined; every class; the average), and curves over contamination.
 Every function takes the rows of one scenario, from `cells.scenarios`, and how the models look; it yields pictures, or
 one without a figure that says what is missing.
 """
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,13 +21,16 @@ from anomalib_metarefine.benchmark.report.cells import (
     CELL,
     REFINED,
     UNREFINED,
+    checked,
     common_cells,
     macro_average,
+    scenarios,
     share,
     spell,
 )
-from anomalib_metarefine.benchmark.report.drawing import Picture, Style, canvas, legend
-from anomalib_metarefine.benchmark.table import label
+from anomalib_metarefine.benchmark.table import label, read_results
+from studies.drawing import Picture, Style, canvas, legend, look
+from studies.published import published_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -241,3 +249,47 @@ def _none_is_zero(deviation: float) -> float:
 def _digits(contamination: float) -> str:
     """For the name of a file: ``"40"``, ``"12_5"``."""
     return f"{100 * contamination:.4g}".replace(".", "_")
+
+
+_FIGURES = (paper_bars, against_contamination, overall, by_class)
+
+
+def write(rows: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write all figures as SVG and PNG, and a README.md with their captions and the published figures.
+
+    Args:
+        rows (pd.DataFrame): From `read_results`.
+        folder (Path): Made if it does not exist. Results with several protocols get a folder each.
+
+    Returns:
+        list[Path]: All files.
+    """
+    rows = checked(rows)
+    style, parts, written = Style.of(rows), scenarios(rows), []
+    for scenario, part in parts.items():
+        place = folder / scenario.slug if len(parts) > 1 else folder
+        place.mkdir(parents=True, exist_ok=True)
+        text = [f"# Figures: {scenario}"]
+        with look():
+            for picture in (picture for draw in _FIGURES for picture in draw(part, style)):
+                written += picture.save(place)
+                text.append(f"**{picture.title}.** {picture.caption}")
+                if picture.figure is not None:
+                    text.append(f"![{picture.title}]({picture.name}.svg)\n\n([PNG]({picture.name}.png))")
+        text.append(published_table(part, scenario).markdown())
+        written.append(place / "README.md")
+        written[-1].write_text("\n\n".join(text), encoding="utf-8")
+    return written
+
+
+def main() -> None:
+    """Parse, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="CSV", help="result files of `metarefine bench`")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if it does not exist")
+    options = parser.parse_args()
+    print(f"{len(write(read_results(*options.results), options.out))} files in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_metarefine.benchmark.report import figures
 from anomalib_metarefine.benchmark.report.cells import REFINED, UNREFINED, checked, scenarios
-from anomalib_metarefine.benchmark.report.drawing import Picture, Style, canvas, legend, look
+from studies import figures
+from studies.drawing import Picture, Style, canvas, legend, look
 from tests.benchmark.report.made_up import DATA, MODELS, failed, results
 
 ROWS = results(models=MODELS[:4], shares=(0.0, 0.2, 0.4), seeds=(0, 1))

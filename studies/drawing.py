@@ -1,4 +1,4 @@
-"""How the figures of a benchmark look, and how they are saved."""
+"""How figures look, and how they are saved."""
 
 from __future__ import annotations
 
