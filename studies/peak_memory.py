@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import openvino as ov
 
-from anomalib_metarefine.benchmark.memory import peak_mb
+from anomalib_metarefine.benchmark.machine import peak_mb
 
 
 def main(path: str, height: str, width: str, precision: str) -> None:

@@ -6,8 +6,6 @@ images are read and embedded once.
 
 from __future__ import annotations
 
-import os
-import platform
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -54,39 +52,23 @@ class Dirt:
 
 
 class Curated(NamedTuple):
-    """What our curation makes of N training images.
+    """What our curation makes of N training images."""
 
-    Attributes:
-        kept (np.ndarray): ``[N]`` of bool, false for the rejected.
-        repaired (list[str]): For each image, the one without its unusual regions; where it has none, itself.
-    """
-
-    kept: np.ndarray
-    repaired: list[str]
+    kept: np.ndarray  # [N] of bool, false for the rejected
+    repaired: list[str]  # for each image, the one without its unusual regions; where it has none, itself
 
 
 @dataclass
 class TrainingSet:
-    """One contaminated training set, its test set, and its curation, which is run when it is first asked for.
-
-    Attributes:
-        data (DataSet): Where the images come from.
-        config (BenchConfig): Whose backbone the curation takes.
-        seed (int): Of the curation.
-        datamodule (AnomalibDataModule): Training and test set.
-        dirty (np.ndarray): ``[N]`` of bool, true for the dirty training images.
-        curator (Curator): Stands behind `curated_images`.
-        folder (Path): For repaired images; theirs alone.
-        curation_seconds (float): Of the curation, once it has run.
-    """
+    """One contaminated training set, its test set, and its curation, which is run when it is first asked for."""
 
     data: DataSet
     config: BenchConfig
     seed: int
     datamodule: AnomalibDataModule
-    dirty: np.ndarray
+    dirty: np.ndarray  # [N] of bool
     curator: Curator
-    folder: Path
+    folder: Path  # for repaired images, and nothing else
     curation_seconds: float = float("nan")
     _curated: Curated | None = field(default=None, repr=False)
 
@@ -122,18 +104,7 @@ class TrainingSet:
 
 
 def curated_images(paths: Sequence[str], seed: int, data: DataSet, config: BenchConfig, folder: Path) -> Curated:
-    """Which training images our curation lets pass, and what they look like repaired.
-
-    Args:
-        paths (Sequence[str]): The N training images.
-        seed (int): Seed of the curation.
-        data (DataSet): Whose image size is used.
-        config (BenchConfig): Whose backbone is used.
-        folder (Path): Empty; for repaired images.
-
-    Returns:
-        Curated: Images to review pass: nobody has reviewed them.
-    """
+    """What `curate` makes of training images; those to review pass, since nobody has reviewed them."""
     from anomalib_metarefine.curation.apply import apply
     from anomalib_metarefine.curation.curate import curate
 
@@ -158,16 +129,10 @@ def curated_images(paths: Sequence[str], seed: int, data: DataSet, config: Bench
 
 
 def plan(config: BenchConfig, data: DataSet) -> Iterator[tuple[Dirt, list[tuple[Entry, Key]]]]:
-    """The cells of a data set.
+    """The training sets of a data set, each with the models and keys of its cells.
 
-    Args:
-        config (BenchConfig): The grid.
-        data (DataSet): One of its data sets.
-
-    Yields:
-        tuple[Dirt, list[tuple[Entry, Key]]]: A training set, and the models and keys of its cells. Seeds come first,
-            so that an interrupted benchmark has whole tables of fewer seeds. A clean training set is the same for
-            every protocol, and is there once.
+    Seeds come first, so that an interrupted benchmark has whole tables of fewer seeds. A clean training set is the same
+    for every protocol, and is there once.
     """
     shares = sorted({share for entry in config.models for share in entry.contamination})
     size = "x".join(map(str, data.image_size))
@@ -195,7 +160,7 @@ def run(
         path (Path): The result file; its folder must exist.
         jobs (int): Processes, of a data set each.
         retry (bool): Try cells again that could not be run before.
-        curator (Curator): Stands behind `curated_images`.
+        curator (Curator): What curates training sets.
 
     Yields:
         Row | LeftOut: Every new row once it is in the file, with several processes once its data set is done; or a data
@@ -229,19 +194,7 @@ def run_data_set(
     retry: bool = False,
     curator: Curator = curated_images,
 ) -> Iterator[Row | LeftOut]:
-    """Every cell of a data set that is not in the table yet.
-
-    Args:
-        config (BenchConfig): The grid.
-        data (DataSet): One of its data sets.
-        table (ResultTable): Where finished cells are and new ones go.
-        jobs (int): Processes that share the machine, for the table.
-        retry (bool): Try cells again that could not be run before.
-        curator (Curator): Stands behind `curated_images`.
-
-    Yields:
-        Row | LeftOut: Every new row once it is in the table; or why the data set can't be had.
-    """
+    """Every cell of one data set that is not in the table yet, see `run`; ``jobs`` is for the table only."""
     from anomalib_metarefine.benchmark.memo import Memo
 
     def is_missing(key: Key) -> bool:
@@ -315,14 +268,7 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
                     return replace(known, training=key.training, curation_seconds=seconds)
         config = training_set.config
         figures, rejected = train_and_test(
-            entry.spec,
-            config.backbone,
-            config.layers,
-            samples[kept],
-            test,
-            data.image_size,
-            key.seed,
-            memo,
+            entry.spec, config.backbone, config.layers, samples[kept], test, data.image_size, key.seed, memo
         )
     except Exception as error:  # whatever a model can't do here goes into its row
         return replace(row, reason=_in_one_line(error))
@@ -339,29 +285,15 @@ def _cell(table: ResultTable, training_set: TrainingSet, entry: Entry, key: Key,
 
 
 def _append(table: ResultTable, row: Row, jobs: int) -> Row:
+    from anomalib_metarefine.benchmark.machine import machine
+    from anomalib_metarefine.features.gather import versions
+
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    row = replace(row, versions=_versions(), machine=_machine(), jobs=jobs, date=date)
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    row = replace(row, versions=used, machine=machine(), jobs=jobs, date=date)
     table.append(row)
     return row
 
 
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _versions() -> str:
-    from importlib.metadata import version
-
-    names = ("anomalib-metarefine", "anomalib", "torch", "timm")
-    return ", ".join([*(f"{name} {version(name)}" for name in names), f"Python {platform.python_version()}"])
-
-
-def _machine() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{os.cpu_count()} cores, {model or platform.processor() or platform.machine()}"

@@ -65,15 +65,7 @@ class MemoisedImages(AnomalibDataset):
 
 
 class MemoisedData(AnomalibDataModule):
-    """Training and test set; the training images stand in for a validation set where a model can't do without.
-
-    Args:
-        train (pd.DataFrame): anomalib's table of the training images.
-        test (pd.DataFrame): anomalib's table of the test images.
-        batch_size (int): Images of a training batch.
-        image_size (tuple[int, int]): Height and width.
-        memo (Memo): Where resized images and masks are kept.
-    """
+    """Training and test set; the training images stand in for a validation set where a model can't do without."""
 
     def __init__(
         self, train: pd.DataFrame, test: pd.DataFrame, batch_size: int, image_size: tuple[int, int], memo: Memo

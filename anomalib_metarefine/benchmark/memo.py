@@ -61,16 +61,7 @@ class Memo:
     def fetch(
         self, key: Hashable, names: Sequence[str], compute: Callable[[], Sequence[torch.Tensor]]
     ) -> list[torch.Tensor]:
-        """What was computed for a key.
-
-        Args:
-            key (Hashable): What it belongs to.
-            names (Sequence[str]): Which of the tensors of that key are asked for.
-            compute (Callable[[], Sequence[torch.Tensor]]): Gives them, one for each name, if any is not kept.
-
-        Returns:
-            list[torch.Tensor]: One for each name. They are shared: do not write into them.
-        """
+        """Tensors of a key, one for each name, computed if any is not kept. They are shared: do not write into them."""
         self._asked.add(key)
         found = [self._tensors.get((key, name)) for name in names]
         if any(tensor is None for tensor in found):
@@ -135,15 +126,7 @@ class MemoisedFeatures:
 
 
 def frozen_networks(model: nn.Module) -> Iterator[nn.Module]:
-    """The networks of feature maps in a model that nothing trains, as far as timm made them.
-
-    Args:
-        model (nn.Module): Any model.
-
-    Yields:
-        nn.Module: Those of anomalib's `TimmFeatureExtractor` unless it is to be trained, and any whose parameters are
-            all frozen.
-    """
+    """Networks of feature maps by timm in a model, as far as nothing trains them."""
     untrained = {id(part.feature_extractor) for part in model.modules() if _is_frozen_extractor(part)}
     for module in model.modules():
         if isinstance(getattr(module, "feature_info", None), FeatureInfo) and (

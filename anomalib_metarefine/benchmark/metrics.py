@@ -30,15 +30,7 @@ _NAN = float("nan")
 
 
 def figures(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Figures of the scores of images, or of pixels.
-
-    Args:
-        scores (np.ndarray): ``[N]``, of any size.
-        labels (np.ndarray): ``[N]`` of bool, true for defects.
-
-    Returns:
-        dict[str, float]: ``AUROC``, ``AUPR``, ``F1Max``; NaN without both normal and defective ones.
-    """
+    """AUROC, AUPR and best F1 of ``[N]`` scores and labels (true for defects); NaN unless there are both kinds."""
     if labels.all() or not labels.any():
         return dict.fromkeys(("AUROC", "AUPR", "F1Max"), _NAN)
     precision, recall, _ = precision_recall_curve(labels, scores)
@@ -110,15 +102,7 @@ def aupimo(maps: np.ndarray, masks: np.ndarray) -> float:
 
 
 def pixel_figures(maps: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    """Figures of anomaly maps.
-
-    Args:
-        maps (np.ndarray): ``[N x H x W]``, of any size.
-        masks (np.ndarray): ``[N x H x W]`` of bool.
-
-    Returns:
-        dict[str, float]: ``AUROC``, ``AUPR``, ``F1Max``, ``AUPRO``, ``AUPIMO``; NaN without both kinds of pixels.
-    """
+    """`figures`, AUPRO and AUPIMO of anomaly maps and masks ``[N x H x W]``; NaN without both kinds of pixels."""
     if masks.all() or not masks.any():
         regions = {"AUPRO": _NAN, "AUPIMO": _NAN}
     else:

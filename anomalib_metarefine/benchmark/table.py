@@ -18,35 +18,20 @@ TRAININGS = ("raw", "curated", "repaired", "clean")
 
 @dataclass(frozen=True)
 class Key:
-    """What a row is found by.
-
-    Attributes:
-        data (str): Name of the data set.
-        category (str): Its category; empty if it has none.
-        image_size (str): ``"HxW"`` in pixels.
-        train_images (int): Training images asked for; 0 means all that the data set has.
-        backbone (str): timm architecture.
-        protocol (str): ``"replace"`` or ``"add"``; see `Contaminated`.
-        overlap (str): ``"no-overlap"`` or ``"overlap"``: whether injected images leave the test set.
-        contamination (float): Share of dirty images in the training set.
-        seed (int): Of the draw of images, of the curation and of the training.
-        model (str): Name of the model in the configuration.
-        settings (str): Its class and what differs from the class's defaults, as JSON.
-        training (str): ``"raw"``, ``"curated"``, ``"repaired"`` or ``"clean"``.
-    """
+    """What a row is found by."""
 
     data: str
-    category: str
-    image_size: str
-    train_images: int
+    category: str  # empty if it has none
+    image_size: str  # "HxW" in pixels
+    train_images: int  # asked for; 0: all that the data set has
     backbone: str
-    protocol: str
-    overlap: str
+    protocol: str  # see `Contaminated`
+    overlap: str  # see `Contaminated`
     contamination: float
-    seed: int
-    model: str
-    settings: str
-    training: str
+    seed: int  # of the draw of images, of the curation and of the training
+    model: str  # as the configuration names it
+    settings: str  # its class and what differs from the class's defaults, as JSON
+    training: str  # one of `TRAININGS`
 
 
 @dataclass(frozen=True)
@@ -54,28 +39,7 @@ class Row(Key):
     """One training and its test: what it is found by, and what was found.
 
     Figures that do not apply are NaN: pixel figures without masks, all of them where ``reason`` is given.
-
-    Attributes:
-        image_AUROC (float): On the test set, which is the same for all trainings; so are the other metrics, all
-            anomalib's: area under the precision-recall curve, best F1, per-region overlap, per-image overlap.
-        kept (int): Images that the finished model learned from.
-        rejected (int): Training images left out, by the curation, by the truth, or by the model itself.
-        precision (float): Dirty share of what was left out; NaN if nothing was.
-        recall (float): Share of the dirty images that was left out; NaN if there are none.
-        fit_seconds (float): Of fitting, on features that the cells of a data set share.
-        feature_seconds (float): Of one pass of the backbone over the images trained on.
-        curation_seconds (float): Of the curation, repair included; NaN for raw and clean.
-        test_seconds (float): Of the test, on shared features, metrics included.
-        images_per_second (float): Predicted one at a time, backbone included.
-        peak_memory_mb (float): Growth of the process's peak while fitting and predicting single images.
-        model_mb (float): Parameters and buffers.
-        test_normal (int): Good images of the test set.
-        test_abnormal (int): Defective images of the test set.
-        reason (str): Why this cell could not be run; empty if it was.
-        versions (str): Of what ran.
-        machine (str): What it ran on.
-        jobs (int): Processes that shared the machine.
-        date (str): When it ended, UTC.
+    ``docs/reference/bench.md`` says what the columns are.
     """
 
     image_AUROC: float = NAN  # noqa: N815 (anomalib's names of the metrics)
@@ -86,24 +50,24 @@ class Row(Key):
     pixel_AUPRO: float = NAN  # noqa: N815
     pixel_AUPIMO: float = NAN  # noqa: N815
     pixel_F1Max: float = NAN  # noqa: N815
-    kept: int = 0
-    rejected: int = 0
-    precision: float = NAN
-    recall: float = NAN
-    fit_seconds: float = NAN
-    feature_seconds: float = NAN
-    curation_seconds: float = NAN
-    test_seconds: float = NAN
-    images_per_second: float = NAN
-    peak_memory_mb: float = NAN
-    model_mb: float = NAN
+    kept: int = 0  # images that the finished model learned from
+    rejected: int = 0  # left out, by the curation, by the truth, or by the model itself
+    precision: float = NAN  # dirty share of what was left out
+    recall: float = NAN  # share of the dirty images that was left out
+    fit_seconds: float = NAN  # on features that the cells of a data set share
+    feature_seconds: float = NAN  # of one pass of the backbone over the images trained on
+    curation_seconds: float = NAN  # repair included; NaN for raw and clean
+    test_seconds: float = NAN  # on shared features, metrics included
+    images_per_second: float = NAN  # predicted one at a time, backbone included
+    peak_memory_mb: float = NAN  # growth of the process's peak while fitting and predicting single images
+    model_mb: float = NAN  # parameters and buffers
     test_normal: int = 0
     test_abnormal: int = 0
-    reason: str = ""
+    reason: str = ""  # why this cell could not be run; empty if it was
     versions: str = ""
     machine: str = ""
-    jobs: int = 1
-    date: str = ""
+    jobs: int = 1  # processes that shared the machine
+    date: str = ""  # when it ended, UTC
 
     @property
     def key(self) -> Key:

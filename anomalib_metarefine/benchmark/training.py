@@ -20,7 +20,7 @@ from anomalib.models.components import MemoryBankMixin
 from lightning import LightningModule, seed_everything
 
 from anomalib_metarefine.benchmark.images import MemoisedData
-from anomalib_metarefine.benchmark.memory import PeakMemory
+from anomalib_metarefine.benchmark.machine import PeakMemory
 from anomalib_metarefine.benchmark.models import build, without_shortcuts
 
 if TYPE_CHECKING:

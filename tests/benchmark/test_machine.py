@@ -3,10 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from anomalib_metarefine.benchmark import memory
-from anomalib_metarefine.benchmark.memory import PeakMemory, peak_mb
+from anomalib_metarefine.benchmark import machine
+from anomalib_metarefine.benchmark.machine import PeakMemory, peak_mb
 
-linux = pytest.mark.skipif(not memory._RESET.exists(), reason="only Linux tells and resets the peak")
+linux = pytest.mark.skipif(not machine._RESET.exists(), reason="only Linux tells and resets the peak")
 
 
 @linux
@@ -29,7 +29,7 @@ def test_what_is_kept_for_others_does_not_count():
 
 
 def test_elsewhere_it_is_not_a_number(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "missing")
-    monkeypatch.setattr(memory, "_RESET", tmp_path / "missing" / "file")
+    monkeypatch.setattr(machine, "_STATUS", tmp_path / "missing")
+    monkeypatch.setattr(machine, "_RESET", tmp_path / "missing" / "file")
     assert math.isnan(peak_mb())
     assert math.isnan(PeakMemory().growth())

@@ -1,9 +1,11 @@
-"""The peak of a process's memory, from Linux's own books; elsewhere it is not known."""
+"""What figures of cost depend on: the machine's name, and the peak of a process's memory, which only Linux tells."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,3 +43,15 @@ class PeakMemory:
     def growth(self) -> float:
         """Megabytes at the peak since the start, on top of what was there; NaN where the system does not tell."""
         return peak_mb() - self._before - (self._kept() - self._kept_before) / 1e6
+
+
+def machine() -> str:
+    """The GPU, or how many cores of which processor."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{os.cpu_count()} cores, {model or platform.processor() or platform.machine()}"
