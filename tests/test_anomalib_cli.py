@@ -60,17 +60,6 @@ def test_train_test_predict_export(parts, data):
     assert len(list((parts / "results").rglob("model.xml"))) == 1
 
 
-def test_benchmark_with_either_class_path(parts, data):
-    for class_path in ("MetaRefine", "anomalib_metarefine.MetaRefine"):
-        model = {"class_path": class_path, "init_args": {"image_size": [96, 96], "meta_steps": 1}}
-        config = {"accelerator": ["cpu"], "benchmark": {"seed": 0, "model": model, "data": data}}
-        (parts / "benchmark.yaml").write_text(yaml.safe_dump(config))
-        run("anomalib", "benchmark", "--config", "benchmark.yaml", cwd=parts)
-    results = sorted((parts / "runs" / "benchmark").glob("*/results.csv"))
-    assert results
-    assert "image_AUROC" in results[0].read_text()
-
-
 def test_benchmark_of_two_models_in_one_configuration(parts, data):
     config = yaml.safe_load((ROOT / "configs" / "benchmark.yaml").read_text())
     assert config["benchmark"]["model"]["class_path"]["grid"] == ["MetaRefine", "Patchcore"]
@@ -85,14 +74,3 @@ def test_benchmark_of_two_models_in_one_configuration(parts, data):
     rows = pd.read_csv(results)
     assert rows["model.class_path"].tolist() == ["MetaRefine", "Patchcore"]
     assert rows.image_AUROC.between(0, 1).all()
-
-
-def test_demo_says_what_is_wrong(tmp_path):
-    done = subprocess.run(
-        [str(BIN / "metarefine"), "demo", "--mvtec", str(tmp_path), "--out", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "is not a category in MVTec layout" in done.stderr

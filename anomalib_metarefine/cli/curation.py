@@ -35,8 +35,8 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    if options.mvtec:
-        require(options.mvtec, "a category folder in MVTec layout")
+    for part in ("train/good", "test/good") if options.mvtec else ():
+        require(options.mvtec / part, f"a category in MVTec layout, as {options.mvtec} is said to be")
     Settings(rule=options.rule)
     from anomalib_metarefine.demo import DemoSettings, run_demo
 

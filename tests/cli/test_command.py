@@ -91,6 +91,7 @@ def test_a_wrong_command_line_is_told_like_any_other_input(arguments, capsys):
         "meta-train --data NO --out x.ckpt",
         "meta-train --data NO@64x64 --out x.ckpt",
         "demo --out x --mvtec NO",
+        "demo --out x --mvtec HERE",
     ],
 )
 def test_what_is_not_there_is_told_before_heavy_imports(arguments, tmp_path, monkeypatch, capsys):
