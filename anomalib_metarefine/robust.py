@@ -21,11 +21,6 @@ def lower_side_scale(scores: np.ndarray) -> tuple[float, float]:
     return centre, spread_below(ordered, centre)
 
 
-def evenly_spaced(count: int, most: int) -> np.ndarray:
-    """Positions of at most ``most`` of ``count`` sorted scores, the first and the last among them."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
-
-
 def densest(ordered: np.ndarray, count: int) -> np.ndarray:
     """The shortest run of ``count`` of the sorted scores, the lowest of those equally short."""
     start = int(np.argmin(ordered[count - 1 :] - ordered[: len(ordered) - count + 1]))

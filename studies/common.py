@@ -61,7 +61,7 @@ def all_features(datamodule: Contaminated, data: DataSet) -> Features:
 def features_of(paths: Iterable[str], data: DataSet) -> Features:
     """Features of these images at the size that the data set is read with."""
     files, backbone = [Path(path) for path in paths], Backbone(OFFLINE_BACKBONE)
-    return collect_features(files, backbone, OFFLINE_BACKBONE, data.image_size, 32, 4096, lambda _count: None)
+    return collect_features(files, backbone, OFFLINE_BACKBONE, data.image_size, 32, 4096)
 
 
 def begin(features: Features, seed: int, settings: Settings) -> tuple[Images, PatchFlow, Parameters]:

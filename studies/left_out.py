@@ -30,7 +30,7 @@ _RATE = 0.01
 def features(folder: Path, size: tuple[int, int]) -> tuple[FeatureStore, np.ndarray]:
     """Features of all images of a data set, and whether they are defective."""
     paths = sorted([*(folder / "train").rglob("*.*"), *(folder / "test").rglob("*.*")])
-    store, _ = collect_features(paths, Backbone(), OFFLINE_BACKBONE, size, 32, 4096, lambda _count: None)
+    store, _ = collect_features(paths, Backbone(), OFFLINE_BACKBONE, size, 32, 4096)
     return store, np.array([path.parent.name != "good" for path in paths])
 
 

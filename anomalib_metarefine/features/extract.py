@@ -30,7 +30,6 @@ def collect_features(
     image_size: tuple[int, int],
     batch_size: int,
     memory_limit_mb: float,
-    on_images: Callable[[int], None],
     read: Callable[[Path], ImageFile | None] = read_image,
 ) -> tuple[FeatureStore, tuple[int, int]]:
     """Read, resize and embed images, as `MetaRefine` does in training.
@@ -42,7 +41,6 @@ def collect_features(
         image_size (tuple[int, int]): Height and width.
         batch_size (int): Images at a time.
         memory_limit_mb (float): See `FeatureStore`.
-        on_images (Callable[[int], None]): Told how many images were done since it was last called.
         read (Callable[[Path], ImageFile | None]): Reads a file, in one of several threads; ``None`` leaves it out.
 
     Returns:
@@ -60,7 +58,6 @@ def collect_features(
         maps = backbone(images.to(device))
         grid = tuple(maps[-1].shape[-2:])
         store.add([str(path) for path in part], patch_embeddings(maps))
-        on_images(len(part))
     if len(store) == 0:
         if not store.left_out:
             msg = f"None of the {len(paths)} images can be read."

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform
 import time
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.features.backbone import Backbone, fitting_size
 from anomalib_metarefine.features.extract import collect_features
-from anomalib_metarefine.features.resize import suggested_size
+from anomalib_metarefine.features.resize import usual_size
 from anomalib_metarefine.images.quality import Descriptor, ImageFacts, describe_file, judge
-from anomalib_metarefine.images.reading import ImageFile, check_bit_depth, header_size
+from anomalib_metarefine.images.reading import ImageFile, check_bit_depth
 from anomalib_metarefine.images.sources import EXTENSIONS, Source, read_source
 
 if TYPE_CHECKING:
@@ -93,7 +89,7 @@ def gather(
     check_bit_depth(bit_depth)
     source = read_source(data, root, extensions)
     begin = time.perf_counter()
-    size = fitting_size(name, image_size or _usual_size(source.paths))
+    size = fitting_size(name, image_size or usual_size(source.paths))
     described: dict[Path, Descriptor] = {}
     task = bars.add_task("features", total=len(source.paths))
 
@@ -103,9 +99,7 @@ def gather(
         return image
 
     try:
-        store, grid = collect_features(
-            source.paths, backbone, name, size, batch_size, memory_limit_mb, lambda _count: None, read
-        )
+        store, grid = collect_features(source.paths, backbone, name, size, batch_size, memory_limit_mb, read)
     except ValueError as error:
         _check_any_readable(source.paths, described, error)
         raise
@@ -156,10 +150,3 @@ def _check_contents(facts: list[ImageFacts]) -> None:
         logger.warning(
             "%d images are darker than they need be: each %s. Pass that depth (--bit-depth).", len(shallow), shallow[0]
         )
-
-
-def _usual_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """A size of the shape of most images."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        sizes = [size for size in pool.map(header_size, paths) if size]
-    return suggested_size(float(np.median([height / width for height, width in sizes])) if sizes else 1.0, 1.0)

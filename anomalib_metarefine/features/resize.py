@@ -8,6 +8,9 @@ matrix products export exactly.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +21,11 @@ from torch.nn.functional import interpolate
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
 
+from anomalib_metarefine.images.reading import header_size
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 _BAND = 32  # output rows: windows overlap by little, and there are few of them
 
@@ -131,6 +137,13 @@ def suggested_size(height: float, width: float, area: float = 256 * 256, multipl
     """
     scale = (area / (height * width)) ** 0.5
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
+
+
+def usual_size(paths: Sequence[str | Path]) -> tuple[int, int]:
+    """A size of the shape of most image files, at the area of 256 x 256 pixels; only headers are read."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        sizes = [size for size in pool.map(header_size, paths) if size]
+    return suggested_size(median(height / width for height, width in sizes) if sizes else 1.0, 1.0)
 
 
 class ExactPreProcessor(PreProcessor):

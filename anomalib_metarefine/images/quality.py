@@ -1,6 +1,6 @@
 """What is wrong with the pictures themselves: unreadable, blank, blurred, badly exposed, or there twice.
 
-`describe` keeps a small descriptor of a decoded image (some numbers and a thumbnail of 16 KB), `judge` makes the
+`describe_file` keeps a small descriptor of a decoded image (some numbers and a thumbnail of 16 KB), `judge` makes the
 findings from the descriptors of a folder. Images of one production line all look alike, and what is sharp or bright
 for one line is not for another: except for what is truly black, white or flat, an image is judged against the others.
 
@@ -196,11 +196,10 @@ def describe_file(path: str | Path, bit_depth: int | None = None) -> tuple[Descr
         image = read_image(path, bit_depth)
     except (OSError, ValueError) as error:
         return Descriptor(sha256=getattr(error, "sha256", ""), unreadable=reason_of(error)), None
-    return describe(image, bit_depth), image
+    return _descriptor(image, bit_depth), image
 
 
-def describe(image: ImageFile, bit_depth: int | None = None) -> Descriptor:
-    """An image in a few numbers, and a thumbnail of its luminance."""
+def _descriptor(image: ImageFile, bit_depth: int | None) -> Descriptor:
     deep = image.levels.dtype != np.uint8
     if deep:
         grey = cv2.cvtColor((image.pixels * (2**16 - 1)).round().astype(np.uint16), cv2.COLOR_RGB2GRAY)

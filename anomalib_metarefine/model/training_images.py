@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from lightning.pytorch import Callback
 
 from anomalib_metarefine.deploy.threshold import FEWEST_SCORES
-from anomalib_metarefine.features.resize import suggested_size
+from anomalib_metarefine.features.resize import suggested_size, usual_size
 from anomalib_metarefine.images.reading import check_images, header_size
 
 if TYPE_CHECKING:
@@ -101,12 +100,6 @@ class TrainingImages(Callback):
     def _give_back_data(self, trainer: Trainer) -> None:
         if self._train_data is not None:
             trainer.datamodule.train_data, self._train_data = self._train_data, None
-
-
-def usual_size(paths: Sequence[str]) -> tuple[int, int]:
-    """The shape of most images, at the area of 256 x 256 pixels; only their headers are read."""
-    sizes = [size for path in paths if (size := header_size(path))]
-    return suggested_size(float(np.median([height / width for height, width in sizes])), 1.0)
 
 
 def warn_if_squashed(batch: Batch) -> None:

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 _ONE_SIGMA = 0.1587  # of a normal distribution lies this far below the mean or further
 _LEAST_SPREAD = 0.05  # of log distances: places that look the same in all images have no spread at all
 # Below, what is left of a place is too little to learn it from: ELPV mono loses 9 points with 32 images, 1 with 64.
-FEWEST_IMAGES = 80
+_FEWEST_FOR_REGIONS = 80
 _LEAST_CORRELATION = 0.9
 LEAST_REGION = 3  # patches, before it is widened
 LEAST_REPAIRED = 5  # stricter: to learn a place from fewer images costs less than to learn it from altered ones
@@ -45,7 +45,7 @@ def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
         >>> (~usual_patches(distances, fence=2.5)).nonzero()
         (array([0]), array([1]))
     """
-    if len(distances) < FEWEST_IMAGES:
+    if len(distances) < _FEWEST_FOR_REGIONS:
         return np.ones(distances.shape, dtype=bool)
     logs = np.log(np.maximum(distances, np.finfo(np.float32).tiny))
     median, spread = place_scale(logs)
