@@ -210,7 +210,7 @@ def test_the_size_follows_the_images_and_stays(tmp_path):
     settings = {key: value for key, value in SMALL.items() if key != "image_size"}
     model, runner = trained(folder(tmp_path), tmp_path, image_size=None)
     assert model.input_size == (192, 352)
-    assert read_sidecar(model.to_openvino(tmp_path / "exported").parent).input["size"] == [192, 352]
+    assert read_sidecar(model.to_torch(tmp_path / "exported").parent).input["size"] == [192, 352]
     checkpoint = runner.trainer.checkpoint_callback.best_model_path
     assert load_checkpoint(checkpoint).input_size == (192, 352)
 

@@ -11,7 +11,7 @@ import torch
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
 from anomalib_metarefine.deploy.sidecar import SIDECAR
-from anomalib_metarefine.images.reading import file_hash, read_image
+from anomalib_metarefine.images.reading import file_hash
 from anomalib_metarefine.model.calibration import calibrate_checkpoint, raw_scores
 from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.model.export import export_model
@@ -168,18 +168,6 @@ def test_what_cant_be_compared_is_a_failure(trained, paths, tmp_path, monkeypatc
     monkeypatch.setattr("anomalib_metarefine.model.graph._before_clamp", lambda output: None)
     found = verify_deployment(trained.folder, trained.checkpoint, paths, runs=1)
     assert any("image scores of 10 images could not be compared" in problem for problem in found.problems)
-
-
-@pytest.mark.parametrize("kind", ["openvino", "onnx"])
-def test_the_graph_is_opened_before_its_clamps(trained, paths, tmp_path, kind):
-    model = load_checkpoint(trained.checkpoint)
-    graph = Graph(export_model(model, tmp_path, kind) if kind == "onnx" else trained.folder / "model.xml")
-    assert (graph.open, graph.precision, graph.accepts) == ((True, True), "FP32", None)
-    scores = graph.scores(read_image(paths[0]).pixels)
-    post = model.post_processor
-    for name, found, raw in zip(("image", "pixel"), scores, raw_scores(model, paths[:1]), strict=False):
-        low, high, at = (getattr(post, f"{name}_{part}").item() for part in ("min", "max", "threshold"))
-        assert (found - 0.5) * (high - low) + at == pytest.approx(raw[0], rel=1e-3)
 
 
 def test_anomalibs_own_export_shows_its_gap_and_where_it_comes_from(trained, paths, tmp_path):
