@@ -140,20 +140,8 @@ class KolektorSDD2(AnomalibDataModule):
     def prepare_data(self) -> None:
         """Download and unpack the data set (853 MB), unless there is a folder ``train`` already.
 
-        Afterwards::
-
-            datasets
-            └── KolektorSDD2
-                ├── train
-                │   ├── 10000.png
-                │   ├── 10000_GT.png
-                │   └── ...
-                └── test
-                    ├── 20000.png
-                    ├── 20000_GT.png
-                    └── ...
-
-        An archive that was fetched by hand and put there as ``KolektorSDD2.zip`` is unpacked instead.
+        Afterwards there are ``train/10000.png``, its mask ``train/10000_GT.png``, ``test/20000.png`` and so on. An
+        archive that was fetched by hand and put there as ``KolektorSDD2.zip`` is unpacked instead.
 
         Raises:
             RuntimeError: If it can't be fetched, or is not the official archive.
@@ -234,10 +222,8 @@ def _read_split(root: Path, split: Split) -> pd.DataFrame:
     if len(images) != OFFICIAL_IMAGES[split]:
         logger.warning(
             "%s has %d images, the official data set %d: figures won't compare with published ones.",
-            folder,
-            len(images),
-            OFFICIAL_IMAGES[split],
-        )
+            folder, len(images), OFFICIAL_IMAGES[split],
+        )  # fmt: skip
     with ThreadPoolExecutor() as pool:
         defective = list(pool.map(has_defect, masks))
     return pd.DataFrame(

@@ -30,25 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class Gathered(NamedTuple):
-    """Images and their features.
+    """Images and their features."""
 
-    Attributes:
-        source (Source): Where the images are, and what they are called.
-        facts (list[ImageFacts]): One an image of the source.
-        readable (list[int]): Rows of the source that could be decoded.
-        image_size (tuple[int, int]): Height and width that they were resized to.
-        store (FeatureStore): Their embeddings.
-        grid (tuple[int, int]): Rows and columns of patches.
-        seconds (dict[str, float]): What features took, and what looking for duplicates and bad pictures.
-    """
-
-    source: Source
-    facts: list[ImageFacts]
-    readable: list[int]
-    image_size: tuple[int, int]
+    source: Source  # where the images are, and what they are called
+    facts: list[ImageFacts]  # one an image of the source
+    readable: list[int]  # rows of the source that could be decoded
+    image_size: tuple[int, int]  # height and width that they were resized to
     store: FeatureStore
-    grid: tuple[int, int]
-    seconds: dict[str, float]
+    grid: tuple[int, int]  # rows and columns of patches
+    seconds: dict[str, float]  # of features, and of looking for duplicates and bad pictures
 
 
 def gather(

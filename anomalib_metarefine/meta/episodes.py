@@ -33,27 +33,17 @@ class Category(NamedTuple):
 
 
 class PatchBatch(NamedTuple):
-    """Whitened patches and the code of their positions.
+    """Whitened patches and the code of their positions."""
 
-    Attributes:
-        patches (torch.Tensor): ``[M x D]``.
-        positions (torch.Tensor): ``[M x 16]``.
-    """
-
-    patches: torch.Tensor
-    positions: torch.Tensor
+    patches: torch.Tensor  # [M x D]
+    positions: torch.Tensor  # [M x 16]
 
 
 class Episode(NamedTuple):
-    """A task of meta-learning.
+    """A task of meta-learning."""
 
-    Attributes:
-        support (list[PatchBatch]): One dirtied batch for each inner step.
-        query (PatchBatch): From images that are not in the support set.
-    """
-
-    support: list[PatchBatch]
-    query: PatchBatch
+    support: list[PatchBatch]  # one dirtied batch for each inner step
+    query: PatchBatch  # from images that are not in the support set
 
 
 def draw_patches(
@@ -78,18 +68,7 @@ def draw_patches(
 def draw_batch(
     images: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, size: int, generator: torch.Generator
 ) -> PatchBatch:
-    """Random patches of some images.
-
-    Args:
-        images (torch.Tensor): ``[N x P x D]``.
-        positions (torch.Tensor): ``[P x 16]``.
-        rows (torch.Tensor): Indices of the images to draw from.
-        size (int): Patches to draw, with replacement.
-        generator (torch.Generator): Source of randomness.
-
-    Returns:
-        PatchBatch: ``size`` patches.
-    """
+    """The same out of all patches of some images, whose indices are ``rows``."""
     image = rows[torch.randint(len(rows), (size,), generator=generator)]
     place = torch.randint(len(positions), (size,), generator=generator)
     return PatchBatch(images[image, place], positions[place])
