@@ -27,40 +27,24 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A model and the part of the grid that it is trained on.
+    """A model and the part of the grid that it is trained on."""
 
-    Attributes:
-        spec (ModelSpec): The model.
-        contamination (tuple[float, ...]): Shares of dirty training images, in [0, 1).
-        trainings (tuple[str, ...]): Of `TRAININGS`.
-    """
-
-    spec: ModelSpec
-    contamination: tuple[float, ...]
-    trainings: tuple[str, ...]
+    spec: ModelSpec  # the model
+    contamination: tuple[float, ...]  # shares of dirty training images, in [0, 1)
+    trainings: tuple[str, ...]  # of `TRAININGS`
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Everything that a benchmark runs: the product of its lists.
+    """Everything that a benchmark runs: the product of its lists."""
 
-    Attributes:
-        models (tuple[Entry, ...]): What is trained.
-        data (tuple[DataSet, ...]): What on; a category each.
-        seeds (tuple[int, ...]): Of the draw of images, of the curation and of the training.
-        backbone (str): timm architecture that all models share, as far as they take one.
-        layers (tuple[str, ...] | None): Modules of it that are read.
-        protocols (tuple[str, ...]): How dirty images come into the training set; see `Contaminated`.
-        overlaps (tuple[str, ...]): Whether they leave the test set; see `Contaminated`.
-    """
-
-    models: tuple[Entry, ...]
-    data: tuple[DataSet, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    backbone: str = OFFLINE_BACKBONE
-    layers: tuple[str, ...] | None = ("blocks.2", "blocks.4")
-    protocols: tuple[str, ...] = ("replace",)
-    overlaps: tuple[str, ...] = ("no-overlap",)
+    models: tuple[Entry, ...]  # what is trained
+    data: tuple[DataSet, ...]  # what on; a category each
+    seeds: tuple[int, ...] = (0, 1, 2)  # of the draw of images, of the curation and of the training
+    backbone: str = OFFLINE_BACKBONE  # timm architecture that all models share, as far as they take one
+    layers: tuple[str, ...] | None = ("blocks.2", "blocks.4")  # modules of it that are read
+    protocols: tuple[str, ...] = ("replace",)  # how dirty images come into the training set; see `Contaminated`
+    overlaps: tuple[str, ...] = ("no-overlap",)  # whether they leave the test set; see `Contaminated`
 
     @classmethod
     def read(cls, path: str | Path) -> BenchConfig:

@@ -11,23 +11,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSet:
-    """One data set and how it is read.
+    """One data set and how it is read."""
 
-    Attributes:
-        name (str): Its name in the table.
-        class_path (str): A datamodule of anomalib, or of a plugin, as anomalib's configurations name it.
-        init_args (dict[str, Any]): Its arguments.
-        category (str): Its category in the table; empty if it has none.
-        image_size (tuple[int, int]): Height and width that images are resized to.
-        train_images (int | None): Size of the training set, dirty images included; ``None``: as many as are good.
-    """
-
-    name: str
-    class_path: str
-    init_args: dict[str, Any] = field(default_factory=dict)
-    category: str = ""
-    image_size: tuple[int, int] = (256, 256)
-    train_images: int | None = None
+    name: str  # its name in the table
+    class_path: str  # a datamodule of anomalib, or of a plugin, as anomalib's configurations name it
+    init_args: dict[str, Any] = field(default_factory=dict)  # its arguments
+    category: str = ""  # its category in the table; empty if it has none
+    image_size: tuple[int, int] = (256, 256)  # height and width that images are resized to
+    train_images: int | None = None  # size of the training set, dirty images included; None: as many as are good
 
     def datamodule(self, seed: int) -> AnomalibDataModule:
         """The datamodule of its clean images, without a validation split; ``seed`` draws ELPV's training images."""

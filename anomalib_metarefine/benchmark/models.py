@@ -30,23 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """How a model is built and trained.
+    """How a model is built and trained."""
 
-    Attributes:
-        name (str): Its name in the table.
-        class_path (str): Its class: a name in ``anomalib.models``, or a full path.
-        init_args (dict[str, Any]): Arguments of the class that differ from its defaults.
-        batch_size (int): Images of a training batch.
-        max_epochs (int | None): Passes over the training images, for models that don't know themselves when to stop.
-        max_steps (int | None): Gradient steps, for the same. A cleaned training set is smaller, and is trained on less
-            if epochs are counted.
-    """
-
-    name: str
-    class_path: str
-    init_args: dict[str, Any] = field(default_factory=dict)
-    batch_size: int = 32
-    max_epochs: int | None = None
+    name: str  # its name in the table
+    class_path: str  # its class: a name in anomalib.models, or a full path
+    init_args: dict[str, Any] = field(default_factory=dict)  # arguments of the class that differ from its defaults
+    batch_size: int = 32  # images of a training batch
+    max_epochs: int | None = None  # passes over the training images, for models that don't know themselves when to stop
+    # gradient steps, for the same. A cleaned training set is smaller, and is trained on less if epochs are counted
     max_steps: int | None = None
 
     @property

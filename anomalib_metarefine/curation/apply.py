@@ -33,17 +33,11 @@ _UNFINISHED = ".metarefine-unfinished.json"
 
 
 class Applied(NamedTuple):
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        counts (dict[str, int]): Images in each folder or list.
-        left_out (list[str]): ``image_path`` of rejected images that can't be read, and so not copied.
-        repaired (int): Images of which a region was replaced.
-    """
-
-    counts: dict[str, int]
-    left_out: list[str]
-    repaired: int = 0
+    counts: dict[str, int]  # images in each folder or list
+    left_out: list[str]  # image_path of rejected images that can't be read, and so not copied
+    repaired: int = 0  # images of which a region was replaced
 
 
 def apply(

@@ -40,21 +40,13 @@ _LOCK_WAIT_S = 10  # for another process that appends: a matter of milliseconds
 
 
 class Answer(NamedTuple):
-    """One line of ``decisions.csv``.
+    """One line of ``decisions.csv``."""
 
-    Attributes:
-        image_path (str): Relative to the root.
-        sha256 (str): Of the image's content, by which it is known again.
-        decision (str): keep or reject; review takes an earlier answer back.
-        when (str): ISO 8601, UTC; filled in by `append` where it is empty.
-        by (str): Who; filled in by `append` with the name of the user where it is empty.
-    """
-
-    image_path: str
-    sha256: str
-    decision: str
-    when: str = ""
-    by: str = ""
+    image_path: str  # relative to the root
+    sha256: str  # of the image's content, by which it is known again
+    decision: str  # keep or reject; review takes an earlier answer back
+    when: str = ""  # ISO 8601, UTC; filled in by `append` where it is empty
+    by: str = ""  # who; filled in by `append` with the name of the user where it is empty
 
 
 def read(path: str | Path) -> pd.DataFrame:

@@ -30,29 +30,20 @@ _CHUNK = 64  # images at a time
 
 @dataclass
 class Evidence:
-    """Evidence about the images that are not simply kept, and about what is unusual in those that are.
+    """Evidence about the images that are not simply kept, and about what is unusual in those that are."""
 
-    Attributes:
-        paths (list[str]): ``image_path`` of the ``K`` images.
-        maps (np.ndarray): ``[K x H x W]`` half precision, bits per dimension, one value a patch.
-        nearest (list[str]): ``image_path`` of the kept image that looks most like each; empty if there is none.
-        groups (list[int]): Which look alike under the peak of their map; -1 where there are too few to tell.
-        limits (tuple[float, float]): Colour limits for all maps: a usual patch, and the most unusual ones.
-        unusual_in (list[str]): ``image_path`` of the ``U`` images with regions that repair would replace.
-        unusual (np.ndarray): ``[U x H x W]`` mask of the patches of these regions.
-        images (list[str]): ``image_path`` of all ``N`` images with features.
-        features (np.ndarray): ``[N x D]`` half precision, what is under the peak of each image's map; a review learns
-            from it which images look alike where they are unusual.
-    """
-
-    paths: list[str]
-    maps: np.ndarray
-    nearest: list[str]
-    groups: list[int]
-    limits: tuple[float, float]
+    paths: list[str]  # image_path of the K images
+    maps: np.ndarray  # [K x H x W] half precision, bits per dimension, one value a patch
+    nearest: list[str]  # image_path of the kept image that looks most like each; empty if there is none
+    groups: list[int]  # which look alike under the peak of their map; -1 where there are too few to tell
+    limits: tuple[float, float]  # colour limits for all maps: a usual patch, and the most unusual ones
+    # image_path of the U images with regions that repair would replace
     unusual_in: list[str] = field(default_factory=list)
+    # [U x H x W] mask of the patches of these regions
     unusual: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=bool))
-    images: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)  # image_path of all N images with features
+    # [N x D] half precision, what is under the peak of each image's map; a review learns from it which images look
+    # alike where they are unusual
     features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float16))
 
     def save(self, path: Path) -> None:

@@ -28,15 +28,10 @@ _SECONDS_A_LOOK = 2
 
 
 class Changes(NamedTuple):
-    """Files that are not what they were when the manifest was written.
+    """Files that are not what they were when the manifest was written."""
 
-    Attributes:
-        missing (list[str]): ``image_path`` of the files that are gone.
-        changed (list[str]): ``image_path`` of the files with other bytes, or that can't be read any more.
-    """
-
-    missing: list[str]
-    changed: list[str]
+    missing: list[str]  # image_path of the files that are gone
+    changed: list[str]  # image_path of the files with other bytes, or that can't be read any more
 
 
 @dataclass(repr=False, eq=False)

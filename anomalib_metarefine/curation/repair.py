@@ -37,35 +37,21 @@ _NEIGHBOURS = np.ones((3, 3), dtype=bool)  # diagonal ones are neighbours too
 
 
 class Transplant(NamedTuple):
-    """A region that was replaced.
+    """A region that was replaced."""
 
-    Attributes:
-        left (int): Of the box around the region, pixels, as are the next three.
-        top (int): From above.
-        width (int): Columns.
-        height (int): Rows.
-        donor (Path): The image that it was taken from.
-    """
-
-    left: int
-    top: int
-    width: int
-    height: int
-    donor: Path
+    left: int  # of the box around the region, pixels, as are the next three
+    top: int  # from above
+    width: int  # columns
+    height: int  # rows
+    donor: Path  # the image that it was taken from
 
 
 class Repaired(NamedTuple):
-    """An image without its unusual regions.
+    """An image without its unusual regions."""
 
-    Attributes:
-        image (np.ndarray): ``[H x W]`` or ``[H x W x C]``, of the type that the file has.
-        transplants (list[Transplant]): What was replaced.
-        left (int): Regions that stayed as they were: too large, or no other image of the kind is usual there.
-    """
-
-    image: np.ndarray
-    transplants: list[Transplant]
-    left: int
+    image: np.ndarray  # [H x W] or [H x W x C], of the type that the file has
+    transplants: list[Transplant]  # what was replaced
+    left: int  # regions that stayed as they were: too large, or no other image of the kind is usual there
 
 
 class Repairer:

@@ -23,41 +23,24 @@ _DIRTY_BEFORE, _CLEAN_BEFORE = 0.1, 1.0  # the bet before the first draw: most i
 
 
 class Look(NamedTuple):
-    """An image that was shown to a person.
+    """An image that was shown to a person."""
 
-    Attributes:
-        audit (bool): Whether it was drawn at random from all images that had not been shown until then.
-        dirty (bool | None): The answer; ``None`` while there is none.
-    """
-
-    audit: bool
-    dirty: bool | None
+    audit: bool  # whether it was drawn at random from all images that had not been shown until then
+    dirty: bool | None  # the answer; None while there is none
 
 
 class Standing(NamedTuple):
-    """Where a review stands.
+    """Where a review stands."""
 
-    Attributes:
-        total (int): Images in all.
-        looked (int): Images with an answer.
-        found (int): Dirty ones among them.
-        about (float | None): Dirty images left, best estimate; ``None`` before the first answer, which tells nothing.
-        at_most (int): Dirty images left, upper bound at the level 0.95, from the audit alone.
-        audited (int): Images with an answer that were drawn at random.
-        stop (bool): Whether at least the wanted share of the dirty images is found, at the level 0.95.
-        more (int): Looks until one can stop if all of them are clean; 0 where one can.
-        reason (str): Why one can stop, or can't yet, in a sentence.
-    """
-
-    total: int
-    looked: int
-    found: int
-    about: float | None
-    at_most: int
-    audited: int
-    stop: bool
-    more: int
-    reason: str
+    total: int  # images in all
+    looked: int  # images with an answer
+    found: int  # dirty ones among them
+    about: float | None  # dirty images left, best estimate; None before the first answer, which tells nothing
+    at_most: int  # dirty images left, upper bound at the level 0.95, from the audit alone
+    audited: int  # images with an answer that were drawn at random
+    stop: bool  # whether at least the wanted share of the dirty images is found, at the level 0.95
+    more: int  # looks until one can stop if all of them are clean; 0 where one can
+    reason: str  # why one can stop, or can't yet, in a sentence
 
 
 def left_at_most(looks: Sequence[Look], total: int, level: float = LEVEL) -> int:

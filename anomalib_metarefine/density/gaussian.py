@@ -20,21 +20,13 @@ _RIDGE = 1e-3  # added to every positional covariance (unit scale after whitenin
 
 
 class PositionalGaussian(NamedTuple):
-    """Mean and covariance of each grid position, ``z = L^-1 (x - mean)`` with ``L L^T`` the shrunk covariance.
+    """Mean and covariance of each grid position, ``z = L^-1 (x - mean)`` with ``L L^T`` the shrunk covariance."""
 
-    Attributes:
-        mean (torch.Tensor): ``[P x D]``.
-        precision_root (torch.Tensor): ``L^-1``, ``[P x D x D]``, lower triangular.
-        log_det (torch.Tensor): ``log |L^-1|``, ``[P]``: what the map adds to a log-likelihood.
-        count (torch.Tensor): Patches that each position was fitted on, ``[P]``.
-        shrinkage (float): Weight of the pooled covariance.
-    """
-
-    mean: torch.Tensor
-    precision_root: torch.Tensor
-    log_det: torch.Tensor
-    count: torch.Tensor
-    shrinkage: float
+    mean: torch.Tensor  # [P x D]
+    precision_root: torch.Tensor  # L^-1, [P x D x D], lower triangular
+    log_det: torch.Tensor  # log |L^-1|, [P]: what the map adds to a log-likelihood
+    count: torch.Tensor  # patches that each position was fitted on, [P]
+    shrinkage: float  # weight of the pooled covariance
 
     @classmethod
     def fit(

@@ -19,19 +19,12 @@ Parameters = dict[str, torch.Tensor]
 
 
 class PatchDensity(NamedTuple):
-    """Global whitening, positional whitening, flow with its parameters; scores are in bits per dimension.
+    """Global whitening, positional whitening, flow with its parameters; scores are in bits per dimension."""
 
-    Attributes:
-        whitening (Whitening): ``C`` to ``D`` channels.
-        gaussian (PositionalGaussian): Of the ``P`` places.
-        flow (PatchFlow): The architecture.
-        parameters (Parameters): Of the flow.
-    """
-
-    whitening: Whitening
-    gaussian: PositionalGaussian
-    flow: PatchFlow
-    parameters: Parameters
+    whitening: Whitening  # c to D channels
+    gaussian: PositionalGaussian  # of the P places
+    flow: PatchFlow  # the architecture
+    parameters: Parameters  # of the flow
 
     def score(self, whitened: torch.Tensor, positions: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
         """Bits per dimension of patches, those it was fitted on as if each had been left out.

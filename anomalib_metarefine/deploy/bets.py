@@ -21,21 +21,13 @@ _MOST_LIKELY = 0.95  # an event that may be this frequent already can't become m
 
 @dataclass(frozen=True)
 class Bets:
-    """K bets: that a score lies past a quantile with ``odds`` times the odds that it has.
+    """K bets: that a score lies past a quantile with ``odds`` times the odds that it has."""
 
-    Attributes:
-        quantile (np.ndarray): ``[K]`` scores.
-        upward (np.ndarray): ``[K]`` of bool, whether past means above.
-        odds (np.ndarray): ``[K]``, above 1.
-        chance (np.ndarray): ``[K]``, by the reference alone.
-        weight (np.ndarray): ``[K]``, images that the chance is worth; infinite for anchored bets.
-    """
-
-    quantile: np.ndarray
-    upward: np.ndarray
-    odds: np.ndarray
-    chance: np.ndarray
-    weight: np.ndarray
+    quantile: np.ndarray  # [K] scores
+    upward: np.ndarray  # [K] of bool, whether past means above
+    odds: np.ndarray  # [K], above 1
+    chance: np.ndarray  # [K], by the reference alone
+    weight: np.ndarray  # [K], images that the chance is worth; infinite for anchored bets
 
     @classmethod
     def make(cls, quantiles: Sequence[float], images: int, risk: float, defect_rate: float) -> Bets:

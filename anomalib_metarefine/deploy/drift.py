@@ -49,28 +49,18 @@ _FEWEST_IMAGES = 20
 
 @dataclass(frozen=True)
 class DriftState:
-    """What the monitor knows after an image.
+    """What the monitor knows after an image."""
 
-    Attributes:
-        drifted (bool): Whether the scores have changed.
-        count (int): Images seen.
-        since (int | None): Number of the image (from 1) from which on the scores are likely to have changed.
-        statistic (float): Logarithm of the wealth, at least 0; it starts anew whenever it has reached the limit.
-        limit (float): Drift begins when the statistic reaches it, and ends when it has not been reached for a window,
-            or for three times as long as it took to find the drift.
-        direction (Literal["up", "down"] | None): Where the scores went, when they drifted.
-        images (int): Images in the window, the latest ones.
-        quartiles (tuple[float, float, float]): Lower quartile, median and upper quartile of the window.
-    """
-
-    drifted: bool
-    count: int
-    since: int | None
-    statistic: float
+    drifted: bool  # whether the scores have changed
+    count: int  # images seen
+    since: int | None  # number of the image (from 1) from which on the scores are likely to have changed
+    statistic: float  # logarithm of the wealth, at least 0; it starts anew whenever it has reached the limit
+    # drift begins when the statistic reaches it, and ends when it has not been reached for a window, or for three times
+    # as long as it took to find the drift
     limit: float
-    direction: Literal["up", "down"] | None
-    images: int
-    quartiles: tuple[float, float, float]
+    direction: Literal["up", "down"] | None  # where the scores went, when they drifted
+    images: int  # images in the window, the latest ones
+    quartiles: tuple[float, float, float]  # lower quartile, median and upper quartile of the window
 
 
 @dataclass(frozen=True)

@@ -65,15 +65,10 @@ def image_score(patch_scores: torch.Tensor, tail: float) -> torch.Tensor:
 
 
 class Whitening(NamedTuple):
-    """Global whitening ``x -> (x - mean) @ projection``.
+    """Global whitening ``x -> (x - mean) @ projection``."""
 
-    Attributes:
-        mean (torch.Tensor): ``[C]``.
-        projection (torch.Tensor): ``[C x D]``, principal axes divided by their standard deviation.
-    """
-
-    mean: torch.Tensor
-    projection: torch.Tensor
+    mean: torch.Tensor  # [C]
+    projection: torch.Tensor  # [C x D], principal axes divided by their standard deviation
 
     @classmethod
     def fit(cls, embeddings: torch.Tensor, dimensions: int) -> Whitening:

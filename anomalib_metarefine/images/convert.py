@@ -19,15 +19,10 @@ if TYPE_CHECKING:
 
 
 class Converted(NamedTuple):
-    """What came of a conversion.
+    """What came of a conversion."""
 
-    Attributes:
-        written (list[Path]): The copies.
-        unreadable (dict[str, str]): Reason, by name, for each image that has no copy.
-    """
-
-    written: list[Path]
-    unreadable: dict[str, str]
+    written: list[Path]  # the copies
+    unreadable: dict[str, str]  # reason, by name, for each image that has no copy
 
 
 def convert(

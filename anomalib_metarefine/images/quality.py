@@ -40,24 +40,15 @@ _STRIP_PIXELS = 2**16  # an image is worked on in strips, whose float copies sta
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of one image file.
+    """What is known of one image file."""
 
-    Args:
-        path (str): The file, as it was given.
-        sha256 (str): Of the file's bytes, hex; empty if they can't be read.
-        unreadable (str | None): Why it can't be decoded; ``None`` if it can.
-        width (int): Pixels; 0 if unreadable.
-        height (int): Pixels; 0 if unreadable.
-        findings (tuple[str, ...]): ``"exact duplicate of <name>"``, ``"near duplicate of <name>"``, ``"blank"``,
-            ``"blurred"``, ``"over-exposed"``, ``"under-exposed"``, ``"the first of <count> pages"``,
-            ``"uses <bits> of 16 bits"``, and where others lie upright, ``"turned by its EXIF tag"``.
-    """
-
-    path: str
-    sha256: str
-    unreadable: str | None
-    width: int
-    height: int
+    path: str  # the file, as it was given
+    sha256: str  # of the file's bytes, hex; empty if they can't be read
+    unreadable: str | None  # why it can't be decoded; None if it can
+    width: int  # pixels; 0 if unreadable
+    height: int  # pixels; 0 if unreadable
+    # "exact duplicate of <name>", "near duplicate of <name>", "blank", "blurred", "over-exposed", "under-exposed", "the
+    # first of <count> pages", "uses <bits> of 16 bits", and where others lie upright, "turned by its EXIF tag"
     findings: tuple[str, ...] = ()
 
 

@@ -21,15 +21,10 @@ _NOISE = 2.0  # standard deviations of the whitened embedding
 
 
 class Category(NamedTuple):
-    """Images that episodes are drawn from.
+    """Images that episodes are drawn from."""
 
-    Attributes:
-        images (torch.Tensor): Whitened patches ``[N x P x D]``.
-        positions (torch.Tensor): Their position codes ``[P x 16]``.
-    """
-
-    images: torch.Tensor
-    positions: torch.Tensor
+    images: torch.Tensor  # whitened patches [N x P x D]
+    positions: torch.Tensor  # their position codes [P x 16]
 
 
 class PatchBatch(NamedTuple):

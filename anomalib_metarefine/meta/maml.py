@@ -22,15 +22,10 @@ BACKENDS = ("torch", "learn2learn")
 
 
 class MetaGradient(NamedTuple):
-    """Gradient of the mean query loss after adaptation, with respect to the initialisation.
+    """Gradient of the mean query loss after adaptation, with respect to the initialisation."""
 
-    Attributes:
-        parameters (Parameters): Gradient of every parameter.
-        query_loss (float): The mean query loss.
-    """
-
-    parameters: Parameters
-    query_loss: float
+    parameters: Parameters  # gradient of every parameter
+    query_loss: float  # the mean query loss
 
 
 class MetaLearner(Protocol):

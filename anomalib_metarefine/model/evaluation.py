@@ -22,15 +22,10 @@ _RATES = (0.01, 0.02, 0.05, 0.1)
 
 
 class LabelledImages(NamedTuple):
-    """Images, and what is known about them.
+    """Images, and what is known about them."""
 
-    Attributes:
-        paths (list[Path]): The images.
-        anomalous (np.ndarray | None): ``[N]`` bool; ``None`` where they are not labelled.
-    """
-
-    paths: list[Path]
-    anomalous: np.ndarray | None
+    paths: list[Path]  # the images
+    anomalous: np.ndarray | None  # [N] bool; None where they are not labelled
 
 
 def read_labelled(data: str | Path) -> LabelledImages:
@@ -86,36 +81,22 @@ def _table_labels(file: Path, root: Path, paths: Sequence[Path]) -> np.ndarray |
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A threshold on labelled images.
+    """A threshold on labelled images."""
 
-    Attributes:
-        threshold (float): Raw; images above it are called anomalous.
-        false_alarms (int): Normal images above it.
-        found (int): Defective images above it.
-    """
-
-    threshold: float
-    false_alarms: int
-    found: int
+    threshold: float  # raw; images above it are called anomalous
+    false_alarms: int  # normal images above it
+    found: int  # defective images above it
 
 
 @dataclass(frozen=True)
 class Detection:
-    """What a model finds among labelled images.
+    """What a model finds among labelled images."""
 
-    Attributes:
-        normal (int): Normal images.
-        defective (int): Defective images.
-        auroc (float | None): Image AUROC; ``None`` if one of the two is missing.
-        chosen (OperatingPoint): The model's threshold.
-        at_rates (dict[float, OperatingPoint]): The lowest threshold that calls at most this share of these normal
-            images anomalous.
-    """
-
-    normal: int
-    defective: int
-    auroc: float | None
-    chosen: OperatingPoint
+    normal: int  # normal images
+    defective: int  # defective images
+    auroc: float | None  # image AUROC; None if one of the two is missing
+    chosen: OperatingPoint  # the model's threshold
+    # the lowest threshold that calls at most this share of these normal images anomalous
     at_rates: dict[float, OperatingPoint]
 
     @property

@@ -160,17 +160,11 @@ def common_cells(rows: pd.DataFrame, figure: str, lines: Sequence[str], cell: Se
 
 
 class Average(NamedTuple):
-    """Mean over data sets, of means over their categories, of means over seeds; the spread is that over seeds.
+    """Mean over data sets, of means over their categories, of means over seeds; the spread is that over seeds."""
 
-    Attributes:
-        mean (pd.Series): One per line.
-        sd (pd.Series): Sample standard deviation of the averages of single seeds that have all cells; NaN for one.
-        seeds (int): Number of such seeds.
-    """
-
-    mean: pd.Series
-    sd: pd.Series
-    seeds: int
+    mean: pd.Series  # one per line
+    sd: pd.Series  # sample standard deviation of the averages of single seeds that have all cells; NaN for one
+    seeds: int  # number of such seeds
 
 
 def macro_average(wide: pd.DataFrame) -> Average:

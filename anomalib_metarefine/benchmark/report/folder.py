@@ -29,17 +29,11 @@ run. Numbers in brackets lead to footnotes, which name the cells. "-": could not
 
 
 class File(NamedTuple):
-    """A file of tables.
+    """A file of tables."""
 
-    Attributes:
-        stem (str): Of its name.
-        title (str): What is in it.
-        tables (list[Table]): Its tables; a file without any is not written.
-    """
-
-    stem: str
-    title: str
-    tables: list[Table]
+    stem: str  # of its name
+    title: str  # what is in it
+    tables: list[Table]  # its tables; a file without any is not written
 
     def write(self, folder: Path) -> Path:
         """Write it into a folder, and say where."""

@@ -27,21 +27,13 @@ class Notes(dict[str, int]):
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts.
+    """A table of texts."""
 
-    Attributes:
-        title (str): Above it.
-        lines (list[dict[str, str]]): Its rows, text by column.
-        text (str): What to know to read it.
-        notes (Mapping[str, int]): Its footnotes; see `Notes`.
-        best (list[set[str]]): For every row the columns that are bold; none if empty.
-    """
-
-    title: str
-    lines: list[dict[str, str]]
-    text: str = ""
-    notes: Mapping[str, int] = field(default_factory=dict)
-    best: list[set[str]] = field(default_factory=list)
+    title: str  # above it
+    lines: list[dict[str, str]]  # its rows, text by column
+    text: str = ""  # what to know to read it
+    notes: Mapping[str, int] = field(default_factory=dict)  # its footnotes; see `Notes`
+    best: list[set[str]] = field(default_factory=list)  # for every row the columns that are bold; none if empty
 
     def markdown(self, level: int = 2) -> str:
         """Heading of a level, text, table and footnotes."""
