@@ -38,29 +38,23 @@ def datamodule(parts: Path) -> Folder:
     return folder(parts)
 
 
-SPOT = slice(64, 104)  # pixels
-
-
 def plate(noise, spot=False):
     """A striped plate, the same in every image but for its noise; a spot is always at one place."""
-    rows, columns = np.mgrid[:192, :192]
+    rows, columns = np.mgrid[:96, :96]
     pixels = 120 + 40 * np.sin(rows / 6) + 10 * np.cos(columns / 9)
     pixels += np.random.default_rng(int(100 * noise)).normal(0, noise, pixels.shape)
     if spot:
-        pixels[SPOT, SPOT] += 100
+        pixels[36:48, 36:48] += 100
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture
 def spotted(tmp_path):
-    """80 plates that are ever noisier, ten of them with a spot, and a test set to detect it in.
-
-    So many, and so large a spot, as it takes for regions to be left out.
-    """
+    """24 plates that are ever noisier, three of them with a spot, and a test set to detect it in."""
     for name in ("train/good", "test/good", "test/blob"):
         (tmp_path / name).mkdir(parents=True)
-    for i in range(80):
-        plate(2 + i / 4, spot=i % 8 == 3).save(tmp_path / "train/good" / f"{i:02d}.png")
+    for i in range(24):
+        plate(2 + i, spot=i % 8 == 3).save(tmp_path / "train/good" / f"{i:02d}.png")
     for i in range(4):
         plate(5.01 + i).save(tmp_path / "test/good" / f"{i}.png")
         plate(5.02 + i, spot=True).save(tmp_path / "test/blob" / f"{i}.png")
@@ -104,3 +98,16 @@ def trained(tmp_path_factory) -> Trained:
     engine.fit(model, datamodule=datamodule)
     checkpoint = Path(engine.trainer.checkpoint_callback.best_model_path)
     return Trained(model.eval().cpu(), model.to_openvino(root).parent, checkpoint)
+
+
+@pytest.fixture(scope="module")
+def patches_of_few_images():
+    """Regions are left out from one patch and from 8 images on, so that toys can be small."""
+    from anomalib_metarefine.curation import evidence
+    from anomalib_metarefine.refinement import engine, patches
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches, "_FEWEST_FOR_REGIONS", 8)
+        patch.setattr(engine, "LEAST_REGION", 1)
+        patch.setattr(evidence, "LEAST_REPAIRED", 1)
+        yield
