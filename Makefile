@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Processes that `make test` runs side by side, a file of tests each, with one thread and about 2 GB of memory each: on
-# two cores quicker than one process with two threads. `make test WORKERS=0` is one process.
+# Processes that `make test` runs side by side, a file of tests each, with one thread and about 2 GB of memory each.
+# `make test WORKERS=0` is one process.
 WORKERS ?= 2
 
 .PHONY: install learn2learn demo test test-slow lint coverage build docs clean
