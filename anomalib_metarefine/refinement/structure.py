@@ -22,8 +22,11 @@ References:
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -31,6 +34,8 @@ from scipy.stats import spearmanr
 from anomalib_metarefine.refinement.patches import place_scale
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from anomalib_metarefine.features.neighbours import NearestImages
@@ -50,6 +55,18 @@ _LEAST_SHARE = 0.02  # of the images
 _FEWEST_IMAGES = 20  # fewer say nothing of a folder
 
 
+class GivenVariants(NamedTuple):
+    """The user's own grouping of images.
+
+    Attributes:
+        numbers (np.ndarray): ``[N]`` number of each image's variant; 0 is the largest.
+        names (tuple[str, ...]): What the user calls each.
+    """
+
+    numbers: np.ndarray
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Structure:
     """What kind of folder it is.
@@ -59,12 +76,14 @@ class Structure:
         layout (float): Share of the variance of patches that their place explains, in [0, 1].
         reliability (float): Rank correlation of scores against two halves of the images; NaN where there are too few.
         variants (np.ndarray): ``[N]`` number of each image's variant; 0 is the largest.
+        names (tuple[str, ...]): What the user calls each variant; empty if variants were looked for.
     """
 
     kind: Kind
     layout: float
     reliability: float
     variants: np.ndarray
+    names: tuple[str, ...] = ()
 
     @property
     def comparable(self) -> bool:
@@ -73,21 +92,28 @@ class Structure:
 
     def describe(self) -> str:
         """The folder in a sentence, with the evidence."""
+        given = f"{self._listing()}. " if self.names else ""
         if np.isnan(self.layout):
-            return "Images were not compared with each other."
+            return f"{given}Images were not compared with each other."
         evidence = f"place explains {self.layout:.0%} of what patches show"
         if np.isfinite(self.reliability):
             evidence += f", two halves of the images agree to {self.reliability:.2f} on the scores"
-        counts = np.bincount(self.variants)
         if self.kind == "unlike":
-            text = "Images that share too little to be compared: no image is judged"
+            text = f"{given}Images that share too little to be compared: no image is judged"
         elif self.kind == "anywhere":
-            text = "Parts that lie anywhere: images can be ordered, but no fence can be relied on"
-        elif len(counts) > 1:
-            text = f"{len(counts)} variants, of {', '.join(map(str, counts))} images"
+            text = f"{given}Parts that lie anywhere: images can be ordered, but no fence can be relied on"
+        elif self.names or self.variants.any():
+            text = self._listing()
         else:
             text = "One aligned product"
         return f"{text} ({evidence})."
+
+    def _listing(self) -> str:
+        counts = np.bincount(self.variants).tolist()
+        if not self.names:
+            return f"{len(counts)} variants, of {', '.join(map(str, counts))} images"
+        named = ", ".join(f"{name} ({count} images)" for name, count in zip(self.names, counts, strict=True))
+        return f"{len(counts)} variant{'s' * (len(counts) > 1)}, a folder each: {named}"
 
     def summary(self) -> dict[str, Any]:
         """For ``run.json``."""
@@ -101,7 +127,31 @@ class Structure:
         }
 
 
-def find_structure(neighbours: NearestImages, tail: float, seed: int, kind: Kind | Literal["auto"]) -> Structure:
+def variants_by_folder(paths: Sequence[str]) -> GivenVariants:
+    """A variant for every folder that images lie in.
+
+    Example:
+        >>> variants_by_folder(["mono/1.png", "poly/1.png", "poly/2.png"])
+        GivenVariants(numbers=array([1, 0, 0]), names=('poly', 'mono'))
+    """
+    folders = [Path(path).parent for path in paths]
+    counts = Counter(folders)
+    ordered = sorted(counts, key=lambda folder: (-counts[folder], folder))
+    number = {folder: i for i, folder in enumerate(ordered)}
+    above = os.path.commonpath(ordered) if len(ordered) > 1 else ordered[0].parent
+    names = tuple(folder.relative_to(above).as_posix() for folder in ordered)
+    return GivenVariants(np.array([number[folder] for folder in folders]), names)
+
+
+def find_structure(
+    neighbours: NearestImages,
+    tail: float,
+    seed: int,
+    kind: Kind | Literal["auto"],
+    given: GivenVariants | None = None,
+    *,
+    look_for_variants: bool = True,
+) -> Structure:
     """Look at how images find their like among each other.
 
     Args:
@@ -109,6 +159,8 @@ def find_structure(neighbours: NearestImages, tail: float, seed: int, kind: Kind
         tail (float): Share of the patches that make the distance of an image.
         seed (int): Of the splits.
         kind (Kind | Literal["auto"]): What the user says it is; ``"auto"`` finds out.
+        given (GivenVariants | None): The user's own variants.
+        look_for_variants (bool): Find variants where none are given.
 
     Raises:
         ValueError: If there is no such kind.
@@ -117,14 +169,16 @@ def find_structure(neighbours: NearestImages, tail: float, seed: int, kind: Kind
         msg = f"structure must be auto or one of {', '.join(get_args(Kind))}, found {kind!r}."
         raise ValueError(msg)
     count, layout = len(neighbours.distances), neighbours.layout
-    if count < _FEWEST_IMAGES:
-        return Structure("aligned" if kind == "auto" else kind, layout, float("nan"), np.zeros(count, dtype=int))
-    reliability = _split_half(neighbours, tail, np.random.default_rng(seed))
+    variants, names = given or GivenVariants(np.zeros(count, dtype=int), ())
+    if np.bincount(variants).max() < _FEWEST_IMAGES:
+        return Structure("aligned" if kind == "auto" else kind, layout, float("nan"), variants, names)
+    reliability = _split_half(neighbours, variants, tail, np.random.default_rng(seed))
     if kind == "auto":
         kind = _kind(layout, reliability)
-    everyone = np.ones(count, dtype=bool)
-    variants = _variants(neighbours.episodic(everyone)[0], neighbours.images[:, :, 0]) if kind == "aligned" else None
-    return Structure(kind, layout, reliability, np.zeros(count, dtype=int) if variants is None else variants)
+    if kind == "aligned" and given is None and look_for_variants:
+        everyone = np.ones(count, dtype=bool)
+        variants = _variants(neighbours.episodic(everyone)[0], neighbours.images[:, :, 0])
+    return Structure(kind, layout, reliability, variants, names)
 
 
 def _kind(layout: float, reliability: float) -> Kind:
@@ -133,14 +187,20 @@ def _kind(layout: float, reliability: float) -> Kind:
     return "aligned" if reliability >= _LEAST_RELIABILITY else "anywhere"
 
 
-def _split_half(neighbours: NearestImages, tail: float, generator: np.random.Generator) -> float:
-    count, found = len(neighbours.distances), []
+def _split_half(neighbours: NearestImages, variants: np.ndarray, tail: float, generator: np.random.Generator) -> float:
+    """Within variants, weighted by their images: between them, scores differ whatever half they come from."""
+    count, found, weights = len(neighbours.distances), [], []
+    large = [variant for variant, images in enumerate(np.bincount(variants)) if images >= _FEWEST_IMAGES]
     for _ in range(_SPLITS):
         half = np.zeros(count, dtype=bool)
         half[generator.permutation(count)[: count // 2]] = True
         one, other = (neighbours.image_distances(part, tail) for part in (half, ~half))
-        found.append(spearmanr(one, other).statistic if min(np.ptp(one), np.ptp(other)) > 0 else 1.0)
-    return float(np.mean(found))
+        for variant in large:
+            own = variants == variant
+            alike = min(np.ptp(one[own]), np.ptp(other[own])) == 0
+            found.append(1.0 if alike else spearmanr(one[own], other[own]).statistic)
+            weights.append(own.sum())
+    return float(np.average(found, weights=weights))
 
 
 def _variants(distances: torch.Tensor, nearest: np.ndarray) -> np.ndarray:

@@ -77,7 +77,7 @@ def test_what_is_rejected_leaves_no_trace():
         )
         for some in (images, other)
     )  # fmt: skip
-    torch.testing.assert_close(first.gaussian.precision_root, second.gaussian.precision_root)
+    torch.testing.assert_close(first.gaussians[0].precision_root, second.gaussians[0].precision_root)
     torch.testing.assert_close(first.parameters, second.parameters)
 
 
