@@ -40,17 +40,21 @@ class PatchDensity(NamedTuple):
     parameters: Parameters
     tail: float
 
-    def score(self, whitened: torch.Tensor, positions: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
+    def score(
+        self, whitened: torch.Tensor, positions: torch.Tensor, fitted: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Bits per dimension of patches, those it was fitted on as if each had been left out.
 
         Args:
             whitened (torch.Tensor): ``[n x P x D]``, globally whitened.
             positions (torch.Tensor): ``[P x 16]``.
-            fitted (torch.Tensor): ``[n x P]`` number of the Gaussian that each patch was fitted on; -1 for none.
+            fitted (torch.Tensor | None): ``[n x P]`` number of the Gaussian that each patch was fitted on, -1 for none;
+                ``None`` if the images are new.
 
         Returns:
             torch.Tensor: ``[n x P]``.
         """
+        fitted = torch.full(whitened.shape[:2], -1) if fitted is None else fitted
         variants = self.variants_of(whitened, fitted)
         z, log_det = torch.empty_like(whitened), whitened.new_empty(whitened.shape[:2])
         for number in variants.unique().tolist():
@@ -62,7 +66,7 @@ class PatchDensity(NamedTuple):
         return bits_per_dimension(output, flow_log_det + log_det.flatten()).view(len(whitened), -1)
 
     def variants_of(self, whitened: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
-        """Number ``[n]`` of the Gaussian that each image fits best; arguments as in `score`."""
+        """Number ``[n]`` of the Gaussian that each image fits best; ``fitted`` as in `score`."""
         if len(self.gaussians) == 1:
             return torch.zeros(len(whitened), dtype=torch.long)
         channels = routing_channels(whitened.shape[-1])

@@ -67,13 +67,13 @@ def test_of_several_variants_an_image_is_scored_by_the_one_it_fits_best(dimensio
     patches += 4 * torch.randn(count, 1, dimensions).double()[variants]
     gaussians = [PositionalGaussian.fit([patches[variants == variant]], shrinkage=0.5) for variant in range(count)]
     density = PatchDensity(whitening, tuple(gaussians), flow, trainable(flow), tail=0.2)
-    positions, unseen = position_code(*GRID).double(), torch.full((20, 12), -1)
+    positions = position_code(*GRID).double()
     scorer = PatchScorer(tail=0.2).double()
     scorer.load(whitening, gaussians, flow, positions)
     assert (scorer.patches, scorer.variants) == (12, count)
     shifted = embeddings + (patches - whitening(embeddings)) @ torch.linalg.pinv(whitening.projection)
     torch.testing.assert_close(whitening(shifted), patches)
-    torch.testing.assert_close(scorer(shifted), density.score(patches, positions, unseen), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scorer(shifted), density.score(patches, positions), rtol=1e-9, atol=1e-9)
     restored = PatchScorer(tail=0.2).double()
     restored.load_state_dict(scorer.state_dict())
     torch.testing.assert_close(restored(shifted), scorer(shifted))
@@ -87,5 +87,5 @@ def test_the_variant_is_the_true_one_where_variants_lie_apart():
     both = torch.cat([patches, patches + 5])
     unseen = torch.full(both.shape[:2], -1)
     assert density.variants_of(both, unseen).tolist() == [0] * 20 + [1] * 20
-    bits = density.score(both, position_code(*GRID).double(), unseen)
+    bits = density.score(both, position_code(*GRID).double())
     torch.testing.assert_close(bits[:20], bits[20:])
