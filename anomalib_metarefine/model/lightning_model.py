@@ -250,7 +250,8 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.refinement = replace(result.refinement, left_out=left_out)
         self.left_out_scores = image_scores(result.maps, self.settings.tail).tolist()
         self._know_images()
-        self.provenance = {"seed": seed, **data_hashes(self.refinement, self.training_images)}
+        variants = len(result.density.gaussians)
+        self.provenance = {"seed": seed, "variants": variants, **data_hashes(self.refinement, self.training_images)}
         self._set_first_thresholds()
         logger.info(self.refinement.structure)
         logger.info(

@@ -7,7 +7,7 @@ initialisation; and the distance to the nearest other images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -135,6 +135,7 @@ def refine_images(
     maps = patch_scores(images, density, rounds.kept, learned)
     progress.update(task, completed=settings.rounds + 1)
     left_out = 1 - float(learned[rounds.kept].mean())
+    structure = replace(structure, unlearned=int((rounds.kept & (images.groups(rounds.kept) < 0)).sum()))
     refinement = record(rounds, store.paths, structure.describe(), store.left_out, left_out)
     return Result(refinement, rounds.scales, structure, images, density, maps, usual)
 

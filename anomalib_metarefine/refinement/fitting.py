@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _POOL = 384  # images that gradient steps draw from
 _WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
-_FEWEST = 5  # kept images of a variant that has Gaussians of its own
+FEWEST_LEARNED = 5  # kept images of a variant that has Gaussians of its own
 _POOLED_IMAGES = 20  # that the pooled covariance counts for: it takes half of the weight among as many
 
 
@@ -70,7 +70,7 @@ class Images:
         """
         if self.variants is None:
             return np.zeros(len(self.store), dtype=int)
-        large = np.bincount(self.variants[kept], minlength=self.variants.max() + 1) >= _FEWEST
+        large = np.bincount(self.variants[kept], minlength=self.variants.max() + 1) >= FEWEST_LEARNED
         numbers = np.where(large, large.cumsum() - 1, -1) if large.any() else np.zeros(len(large), dtype=int)
         return numbers[self.variants]
 

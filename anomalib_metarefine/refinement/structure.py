@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.stats import spearmanr
 
+from anomalib_metarefine.refinement.fitting import FEWEST_LEARNED
 from anomalib_metarefine.refinement.patches import place_scale
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class Structure:
         reliability (float): Rank correlation of scores against two halves of the images; NaN where there are too few.
         variants (np.ndarray): ``[N]`` number of each image's variant; 0 is the largest.
         names (tuple[str, ...]): What the user calls each variant; empty if variants were looked for.
+        unlearned (int): Kept images of variants that are too small to have statistics of their own.
     """
 
     kind: Kind
@@ -84,6 +86,7 @@ class Structure:
     reliability: float
     variants: np.ndarray
     names: tuple[str, ...] = ()
+    unlearned: int = 0
 
     @property
     def comparable(self) -> bool:
@@ -91,7 +94,13 @@ class Structure:
         return self.kind == "aligned"
 
     def describe(self) -> str:
-        """The folder in a sentence, with the evidence."""
+        """The folder in a sentence, with the evidence; another says what a model of it won't know."""
+        if self.unlearned:
+            images = f"{self.unlearned} kept image{'s' * (self.unlearned > 1)}"
+            reason = (
+                f"of variants of fewer than {FEWEST_LEARNED} can't be learned: a model will find their like unusual."
+            )
+            return f"{replace(self, unlearned=0).describe()} {images} {reason}"
         given = f"{self._listing()}. " if self.names else ""
         if np.isnan(self.layout):
             return f"{given}Images were not compared with each other."

@@ -172,6 +172,7 @@ def test_each_folder_has_statistics_of_its_own_and_images_go_to_those_they_fit()
 def test_a_variant_of_less_than_five_images_is_not_learned():
     store = in_folders(("a", embeddings(30)), ("b", embeddings(4).flip(1) + 4), ("c", embeddings(5) - 4))
     found = refined(store, variants="folders", rule="share:0")
+    assert "4 kept images of variants of fewer than 5 can't be learned" in found.refinement.structure
     assert found.images.groups(found.kept).tolist() == [0] * 30 + [-1] * 4 + [1] * 5
     assert [int(gaussian.count[0]) for gaussian in found.density.gaussians] == [30, 5]
     small = refined(in_folders(("a", embeddings(4)), ("b", embeddings(3))), variants="folders")
