@@ -5,8 +5,8 @@
 
 A row is a member of a mixture: its images that were rejected, good and dirty, and its image AUROC on images that were
 not drawn, of the one model and of a model of its own. ``--given`` tells the engine which image belongs to which member.
-``--start`` learns the initialisation in another way; with ``--no-rounds`` nothing is rejected and no model of its own is
-trained. Data sets must have one grid of patches. Features are cached as in `studies.decisions`.
+``--start`` learns the initialisation in another way; with ``--no-rounds`` nothing is rejected, and no model of its own
+is trained. Data sets must have one grid of patches. Features are cached as in `studies.decisions`.
 """
 
 from __future__ import annotations

@@ -102,6 +102,10 @@ class PatchScorer(nn.Module):
         """Variants ``V`` that are told apart; 0 before `load`."""
         return {1: 0, 2: 1}.get(self.shift.dim()) or len(self.shift)
 
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"patches={self.patches}, variants={self.variants}"
+
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Patch scores.
 

@@ -124,7 +124,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         references: int = _DEFAULTS.references,
         likeness_weight: float = _DEFAULTS.likeness_weight,
         structure: Literal["auto", "aligned", "anywhere", "unlike"] = _DEFAULTS.structure,
-        variants: Literal["auto", "off", "folders"] = _DEFAULTS.variants,
+        variants: Literal["auto", "off", "folders", "column"] = _DEFAULTS.variants,
         rule: str = _DEFAULTS.rule,
         rounds: int = _DEFAULTS.rounds,
         patch_fence: float = _DEFAULTS.patch_fence,

@@ -33,12 +33,13 @@ from anomalib_metarefine.refinement.structure import (
     GivenVariants,
     Structure,
     find_structure,
-    variants_by_folder,
+    folder_names,
+    given_variants,
 )
 from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from rich.progress import Progress
@@ -99,6 +100,7 @@ def refine_images(
     *,
     start: tuple[Whitening, PatchFlow, Parameters] | None = None,
     answers: Mapping[int, bool] | None = None,
+    labels: Sequence[str] | None = None,
     log: Callable[[dict[str, float], int], None] = lambda _figures, _step: None,
 ) -> Result:
     """Meta-train, find out what kind of folder it is, refine, and fit the final density.
@@ -112,13 +114,17 @@ def refine_images(
         start (tuple[Whitening, PatchFlow, Parameters] | None): A meta-learned initialisation with the whitening and the
             flow that it was learned with; ``None`` learns one on the store.
         answers (Mapping[int, bool] | None): Rows that a person has decided to keep (true) or to reject.
+        labels (Sequence[str] | None): The user's name for the variant of each row, for ``variants="column"``.
         log (Callable[[dict[str, float], int], None]): Receives figures and their step.
 
     Returns:
         Result: By row of the store.
+
+    Raises:
+        ValueError: If variants are to be those of a column, and there is none.
     """
     rule = get_rule(settings.rule)
-    given = variants_by_folder(store.paths) if settings.variants == "folders" else None
+    given = _given(store, settings, labels)
     neighbours, structure = _compare(store, grid, given, settings, seed, progress)
     images, flow, initial = _beginning(store, grid, structure.variants, settings, seed, progress, start, log)
     score = _Scorer(images, flow, initial, neighbours, structure, settings, seed, answers or {})
@@ -210,6 +216,17 @@ class _Scorer:
         everyone = np.ones((len(kept), len(self.images.positions)), dtype=bool)
         density = fit_density(self.images, kept, everyone, self.flow, self.initial, self.settings, self.seed)
         return patch_scores(self.images, density, kept, everyone)
+
+
+def _given(store: FeatureStore, settings: Settings, labels: Sequence[str] | None) -> GivenVariants | None:
+    if settings.variants == "folders":
+        return given_variants(folder_names(store.paths))
+    if settings.variants != "column":
+        return None
+    if labels is None:
+        msg = "variants=column needs a table of images with a column `variant`, and there is none. "
+        raise ValueError(msg + "Add it, or take variants=folders, which every training can.")
+    return given_variants(labels)
 
 
 def _beginning(

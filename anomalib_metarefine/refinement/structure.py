@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 from scipy.stats import spearmanr
 
+from anomalib_metarefine.images.sources import listing
 from anomalib_metarefine.refinement.fitting import FEWEST_LEARNED
 from anomalib_metarefine.refinement.patches import place_scale
 
@@ -121,8 +122,8 @@ class Structure:
         counts = np.bincount(self.variants).tolist()
         if not self.names:
             return f"{len(counts)} variants, of {', '.join(map(str, counts))} images"
-        named = ", ".join(f"{name} ({count} images)" for name, count in zip(self.names, counts, strict=True))
-        return f"{len(counts)} variant{'s' * (len(counts) > 1)}, a folder each: {named}"
+        named = [f"{name} ({count} images)" for name, count in zip(self.names, counts, strict=True)]
+        return f"{len(counts)} variant{'s' * (len(counts) > 1)}, as given: {listing(named, limit=8)}"
 
     def summary(self) -> dict[str, Any]:
         """For ``run.json``."""
@@ -136,20 +137,31 @@ class Structure:
         }
 
 
-def variants_by_folder(paths: Sequence[str]) -> GivenVariants:
-    """A variant for every folder that images lie in.
+def given_variants(labels: Sequence[str]) -> GivenVariants:
+    """A variant for every name that the user gives images.
 
     Example:
-        >>> variants_by_folder(["mono/1.png", "poly/1.png", "poly/2.png"])
+        >>> given_variants(["mono", "poly", "poly"])
         GivenVariants(numbers=array([1, 0, 0]), names=('poly', 'mono'))
     """
+    counts = Counter(labels)
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    number = {name: i for i, name in enumerate(names)}
+    return GivenVariants(np.array([number[label] for label in labels]), tuple(names))
+
+
+def folder_names(paths: Sequence[str]) -> list[str]:
+    """The folder that each image lies in, below the one that all have in common.
+
+    Example:
+        >>> folder_names(["line/mono/1.png", "line/poly/left/1.png"])
+        ['mono', 'poly/left']
+    """
     folders = [Path(path).parent for path in paths]
-    counts = Counter(folders)
-    ordered = sorted(counts, key=lambda folder: (-counts[folder], folder))
-    number = {folder: i for i, folder in enumerate(ordered)}
-    above = os.path.commonpath(ordered) if len(ordered) > 1 else ordered[0].parent
-    names = tuple(folder.relative_to(above).as_posix() for folder in ordered)
-    return GivenVariants(np.array([number[folder] for folder in folders]), names)
+    common = Path(os.path.commonpath(folders))
+    if folders.count(common) == len(folders):
+        return [common.name] * len(folders)
+    return [folder.relative_to(common).as_posix() for folder in folders]
 
 
 def find_structure(

@@ -47,8 +47,8 @@ def two(tmp_path_factory) -> Exported:
 
 
 def test_each_product_is_a_variant_and_everything_says_so(two):
-    assert two.model.model.scorer.variants == 2
-    assert "2 variants, a folder each: mono (10 images), poly (10 images)" in two.model.refinement.structure
+    assert "variants=2" in repr(two.model)
+    assert "2 variants, as given: mono (10 images), poly (10 images)" in two.model.refinement.structure
     metadata = json.loads((two.paths["FP32"].parent / "metadata.json").read_text())
     assert metadata["training"]["variants"] == 2
 

@@ -158,7 +158,7 @@ def test_each_folder_has_statistics_of_its_own_and_images_go_to_those_they_fit()
     parts = [embeddings(30), embeddings(12).flip(1) + 4]
     found = refined(in_folders(("a", parts[0]), ("b", parts[1])), variants="folders", rule="share:0")
     assert found.structure.names == ("a", "b")
-    assert "2 variants, a folder each: a (30 images), b (12 images)" in found.refinement.structure
+    assert "2 variants, as given: a (30 images), b (12 images)" in found.refinement.structure
     everyone = np.ones((12, PLACES), dtype=bool)
     alone = fit_gaussian(Images(store_of(parts[1]), found.images.whitening, GRID), everyone[:, 0], everyone, 0.2)
     torch.testing.assert_close(found.density.gaussians[1].mean, alone.mean)
@@ -177,6 +177,17 @@ def test_a_variant_of_less_than_five_images_is_not_learned():
     assert [int(gaussian.count[0]) for gaussian in found.density.gaussians] == [30, 5]
     small = refined(in_folders(("a", embeddings(4)), ("b", embeddings(3))), variants="folders")
     assert [int(gaussian.count[0]) for gaussian in small.density.gaussians] == [7]  # better than none
+
+
+def test_a_column_may_say_what_belongs_together():
+    store = store_of(torch.cat([embeddings(10), embeddings(6).flip(1) + 4]))
+    labels = ["left"] * 10 + ["right"] * 6
+    settings = Settings(**SMALL, variants="column")
+    found = refine_images(store, GRID, settings, 0, Progress(disable=True), labels=labels)
+    assert found.structure.names == ("left", "right")
+    assert len(found.density.gaussians) == 2
+    with pytest.raises(ValueError, match="needs a table of images with a column `variant`"):
+        refined(store, variants="column")
 
 
 def test_one_folder_is_one_product():
