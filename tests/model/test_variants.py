@@ -15,6 +15,7 @@ from lightning import seed_everything
 from anomalib_metarefine import MetaRefine
 from anomalib_metarefine.data.elpv import make_elpv_samples, packaged_root
 from anomalib_metarefine.model.checkpoints import load_checkpoint
+from anomalib_metarefine.model.quantization import _kept_in_float
 from tests.model.test_export import EXACT, Exported, assert_parity, real_images
 
 SIZE = (96, 96)
@@ -73,3 +74,11 @@ def test_images_are_scored_under_their_own_variant(two):
     with torch.no_grad():
         chosen = model.scorer._fits_best(model.embed(images)[0] @ model.scorer.projection)
     assert chosen.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_eight_bits_are_for_the_backbone_alone(two):
+    network = ov.Core().read_model(two.paths["FP32"])
+    kept = set(_kept_in_float(network))
+    quantized = [node.get_type_name() for node in network.get_ops() if node.get_friendly_name() not in kept]
+    assert sum(name.endswith("Convolution") for name in quantized) > 20
+    assert "MatMul" not in quantized
