@@ -178,6 +178,7 @@ class _Scorer:
         alike, trust = likeness(unusual, scores, self.answers)
         alike = standardised(alike, kept, variants)
         total = standardised(scores + settings.likeness_weight * trust * alike, kept, variants)
+        alike = np.where(self.structure.judged, alike, np.nan)
         return Scored(total, alike, kept, comparable, parts, unusual)
 
     def patches_to_learn(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +194,7 @@ class _Scorer:
             return learned, usual
         distances = self.neighbours.episodic(kept)[0].numpy()
         for variant in np.unique(self.structure.variants):
-            own = self.structure.variants == variant
+            own = self.structure.judged & (self.structure.variants == variant)
             self._leave_out(own, own & kept, distances, learned, usual)
         return learned, usual
 
@@ -268,6 +269,7 @@ def _compare(
         settings.neighbour_window,
         settings.references,
         on_images=lambda done: progress.update(task, advance=done),
+        variants=given.numbers if given else None,
     )
     structure = find_structure(
         neighbours,

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["aligned", "anywhere", "unlike"]
 
+_SAID = {"anywhere": "parts that lie anywhere", "unlike": "images that share too little"}
 _SPLITS = 4  # of the images into halves
 _LEAST_RELIABILITY = 0.35
 _LEAST_LAYOUT = 0.1
@@ -74,11 +75,14 @@ class Structure:
     """What kind of folder it is.
 
     Attributes:
-        kind (Kind): ``"aligned"``, ``"anywhere"`` (parts lie anywhere) or ``"unlike"`` (images share too little).
-        layout (float): Share of the variance of patches that their place explains, in [0, 1].
-        reliability (float): Rank correlation of scores against two halves of the images; NaN where there are too few.
+        kind (Kind): ``"aligned"``, ``"anywhere"`` (parts lie anywhere) or ``"unlike"`` (images share too little); of
+            several variants that differ in it, ``"aligned"`` if any is.
+        layout (float): Share of the variance of patches that their place explains, in [0, 1]; mean over the images.
+        reliability (float): Rank correlation of scores against two halves of the images, in the mean over the images;
+            NaN where there are too few.
         variants (np.ndarray): ``[N]`` number of each image's variant; 0 is the largest.
         names (tuple[str, ...]): What the user calls each variant; empty if variants were looked for.
+        kinds (tuple[Kind, ...]): Of each variant, where they differ.
         unlearned (int): Kept images of variants that are too small to have statistics of their own.
     """
 
@@ -87,12 +91,20 @@ class Structure:
     reliability: float
     variants: np.ndarray
     names: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
     unlearned: int = 0
 
     @property
     def comparable(self) -> bool:
         """Whether a score says enough for a rule to reject an image by it."""
         return self.kind == "aligned"
+
+    @property
+    def judged(self) -> np.ndarray:
+        """``[N]`` mask of the images whose variant is comparable."""
+        if not self.kinds:
+            return np.full(len(self.variants), self.comparable)
+        return np.array([kind == "aligned" for kind in self.kinds])[self.variants]
 
     def describe(self) -> str:
         """The folder in a sentence, with the evidence; another says what a model of it won't know."""
@@ -116,7 +128,9 @@ class Structure:
             text = self._listing()
         else:
             text = "One aligned product"
-        return f"{text} ({evidence})."
+        others = [f"{name}: {_SAID[kind]}" for name, kind in zip(self.names, self.kinds, strict=False) if kind in _SAID]
+        judged = f" No image of these is judged: {listing(others, limit=8)}." if others else ""
+        return f"{text} ({evidence}).{judged}"
 
     def _listing(self) -> str:
         counts = np.bincount(self.variants).tolist()
@@ -189,17 +203,27 @@ def find_structure(
     if kind not in ("auto", *get_args(Kind)):
         msg = f"structure must be auto or one of {', '.join(get_args(Kind))}, found {kind!r}."
         raise ValueError(msg)
-    count, layout = len(neighbours.distances), neighbours.layout
+    count = len(neighbours.distances)
     variants, names = given or GivenVariants(np.zeros(count, dtype=int), ())
-    if np.bincount(variants).max() < _FEWEST_IMAGES:
+    counts, layouts = np.bincount(variants), neighbours.layouts
+    layout = float(np.average(np.nan_to_num(layouts), weights=counts * np.isfinite(layouts)))
+    large = counts >= _FEWEST_IMAGES
+    if not large.any():
         return Structure("aligned" if kind == "auto" else kind, layout, float("nan"), variants, names)
-    reliability = _split_half(neighbours, variants, tail, np.random.default_rng(seed))
+    reliabilities = _split_half(neighbours, variants, tail, np.random.default_rng(seed))
+    reliability = float(np.average(reliabilities[large], weights=counts[large]))
+    kinds: tuple[Kind, ...] = ()
     if kind == "auto":
-        kind = _kind(layout, reliability)
+        kinds = tuple(
+            _kind(*evidence) if enough else "aligned"
+            for *evidence, enough in zip(layouts, reliabilities, large, strict=True)
+        )
+        kind = "aligned" if "aligned" in kinds else max(kinds, key=kinds.count)
+        kinds = kinds if len(set(kinds)) > 1 else ()
     if kind == "aligned" and given is None and look_for_variants:
         everyone = np.ones(count, dtype=bool)
         variants = _variants(neighbours.episodic(everyone)[0], neighbours.images[:, :, 0])
-    return Structure(kind, layout, reliability, variants, names)
+    return Structure(kind, layout, reliability, variants, names, kinds)
 
 
 def _kind(layout: float, reliability: float) -> Kind:
@@ -208,20 +232,21 @@ def _kind(layout: float, reliability: float) -> Kind:
     return "aligned" if reliability >= _LEAST_RELIABILITY else "anywhere"
 
 
-def _split_half(neighbours: NearestImages, variants: np.ndarray, tail: float, generator: np.random.Generator) -> float:
-    """Within variants, weighted by their images: between them, scores differ whatever half they come from."""
-    count, found, weights = len(neighbours.distances), [], []
-    large = [variant for variant, images in enumerate(np.bincount(variants)) if images >= _FEWEST_IMAGES]
-    for _ in range(_SPLITS):
+def _split_half(
+    neighbours: NearestImages, variants: np.ndarray, tail: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Of each variant by itself: between them, scores differ whatever half they come from. NaN for small ones."""
+    count, counts = len(neighbours.distances), np.bincount(variants)
+    found = np.full((_SPLITS, len(counts)), np.nan)
+    for split in range(_SPLITS):
         half = np.zeros(count, dtype=bool)
         half[generator.permutation(count)[: count // 2]] = True
         one, other = (neighbours.image_distances(part, tail) for part in (half, ~half))
-        for variant in large:
+        for variant in np.flatnonzero(counts >= _FEWEST_IMAGES):
             own = variants == variant
             alike = min(np.ptp(one[own]), np.ptp(other[own])) == 0
-            found.append(1.0 if alike else spearmanr(one[own], other[own]).statistic)
-            weights.append(own.sum())
-    return float(np.average(found, weights=weights))
+            found[split, variant] = 1.0 if alike else spearmanr(one[own], other[own]).statistic
+    return found.mean(0)
 
 
 def _variants(distances: torch.Tensor, nearest: np.ndarray) -> np.ndarray:

@@ -204,3 +204,14 @@ def test_regions_are_left_out_variant_by_variant():
     both = refined(in_folders(("a", images), ("b", few)), variants="folders", rule="share:0")
     assert 0 < (~both.usual[:90]).sum() < 2 * (~alone.usual).sum()
     assert both.usual[90:].all()
+
+
+def test_images_of_a_variant_that_cannot_be_compared_are_not_judged():
+    strangers = 9 + 3 * torch.randn(60, PLACES, CHANNELS, generator=torch.Generator().manual_seed(0))
+    strangers[:6] += 4 * torch.randn(CHANNELS, generator=torch.Generator().manual_seed(1))
+    store = in_folders(("a", embeddings(100, dirty=12)), ("b", strangers))
+    found = refined(store, variants="folders")
+    assert found.structure.kinds == ("aligned", "unlike")
+    assert np.flatnonzero(~found.kept).tolist() == list(range(12))
+    assert np.isnan(found.scales.likeness[100:]).all()
+    assert found.usual[100:].all()

@@ -14,7 +14,8 @@ def structure_of(embeddings: torch.Tensor, kind: str = "auto", labels: list[str]
     store = FeatureStore()
     store.add([f"{i:03d}" for i in range(len(embeddings))], embeddings)
     given = given_variants(labels) if labels else None
-    return find_structure(NearestImages(store, GRID, seed=0), tail=0.05, seed=0, kind=kind, given=given)
+    neighbours = NearestImages(store, GRID, seed=0, variants=given.numbers if given else None)
+    return find_structure(neighbours, tail=0.05, seed=0, kind=kind, given=given)
 
 
 def aligned(count: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
@@ -94,7 +95,7 @@ def lies_anywhere(count: int) -> torch.Tensor:
 
 
 def test_halves_are_compared_within_the_variants_that_are_given():
-    images = torch.cat([lies_anywhere(24), 3 * lies_anywhere(24)])  # of two products, one is the more varied
+    images = torch.cat([lies_anywhere(24), 20 * lies_anywhere(24)])  # of two products, one is the more varied
     assert structure_of(images).reliability > 0.5
     found = structure_of(images, labels=["a"] * 24 + ["b"] * 24)
     assert found.kind == "anywhere"
@@ -105,3 +106,19 @@ def test_variants_are_named_by_what_differs_in_their_folders():
     assert folder_names(["/data/a.png"]) == ["data"]
     assert folder_names(["/data/x/a.png", "/data/b.png"]) == ["x", "."]
     assert folder_names(["/d/x/good/a.png", "/d/y/good/a.png"]) == ["x/good", "y/good"]
+
+
+def test_each_variant_that_is_given_is_of_a_kind_of_its_own():
+    strangers = 9 + 3 * torch.randn(60, PLACES, CHANNELS, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([aligned(70), strangers, lies_anywhere(24) - 20, aligned(6) + 30])
+    labels = ["parts"] * 70 + ["prints"] * 60 + ["screws"] * 24 + ["few"] * 6
+    found = structure_of(images, labels=labels)
+    assert found.kinds == ("aligned", "unlike", "anywhere", "aligned")
+    assert found.comparable
+    assert np.flatnonzero(found.judged).tolist() == [*range(70), *range(154, 160)]
+    said = "No image of these is judged: prints: images that share too little, screws: parts that lie anywhere."
+    assert found.describe().endswith(said)
+    alone = structure_of(aligned(70))
+    assert structure_of(images, "aligned", labels).judged.all()
+    assert alone.judged.all()
+    assert not structure_of(strangers).judged.any()
