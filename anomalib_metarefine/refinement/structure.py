@@ -147,6 +147,8 @@ class Structure:
             "layout": round(self.layout, 3),
             "reliability": reliability,
             "variants": np.bincount(self.variants).tolist(),
+            "names": list(self.names),
+            "kinds": list(self.kinds),
             "text": self.describe(),
         }
 
