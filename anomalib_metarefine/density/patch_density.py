@@ -1,7 +1,7 @@
 """A fitted density of patches: Gaussians of the places, one set a variant, then the flow.
 
-An image is as unusual as the variant that it fits best says. Which one that is, the leading channels tell: the tail of
-their bits costs a sixteenth of that of all channels, and finds the same variant (`studies/variants.md`).
+An image is as unusual as the variant that it fits best says. Which one that is, the tail of the bits of the leading
+channels tells: a sixteenth of the cost of all channels, and the map of the places needs no others for it.
 """
 
 from __future__ import annotations

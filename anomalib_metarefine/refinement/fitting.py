@@ -151,8 +151,8 @@ def fit_density(
 def fit_gaussian(images: Images, kept: np.ndarray, learned: np.ndarray, shrinkage: float) -> PositionalGaussian:
     """Positional whitening of the kept images (``[N]`` mask), of the patches ``[N x P]`` to learn from.
 
-    The pooled covariance weighs ``shrinkage``, and more where images are few: with 20 of them scores are as high as
-    those of a variant with 200, so that one threshold does for both.
+    The pooled covariance weighs ``shrinkage``, and more where images are few: a covariance of few images gives higher
+    scores to new ones, and one threshold is to do for variants of 20 and of 200 images.
     """
     chunks = (chunk for _, chunk in images.chunks(np.flatnonzero(kept)))
     mask = torch.from_numpy(learned[kept])
