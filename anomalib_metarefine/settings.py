@@ -98,6 +98,12 @@ class Settings:
         "refinement",
         "what kind of folder it is: parts that lie alike, parts that lie anywhere, or images that share too little",
     )
+    variants: Literal["auto", "off", "folders", "column"] = _setting(
+        "auto",
+        "refinement",
+        "variants of the product, each with statistics of its own: found, none, one a folder of images, or as the "
+        "column `variant` of a table has it",
+    )
     rule: str = _setting("auto", "refinement", "rejection rule, with its settings if need be; see docs/rules.md")
     rounds: int = _setting(4, "refinement", "rounds of refinement at most; 0 trains on everything", least=0)
     patch_fence: float = _setting(

@@ -196,8 +196,7 @@ def _refined(family: Family, drawn: np.ndarray, seed: int, **settings: object) -
 def _auroc(result: Result, family: Family, test: np.ndarray) -> float:
     density, images = result.density, result.images
     patches = images.whitening(family.embeddings[torch.from_numpy(test)].float())
-    unseen = torch.zeros(patches.shape[:2], dtype=torch.bool)
-    scores = image_scores(density.score(patches, images.positions, unseen), tail=0.03)
+    scores = image_scores(density.score(patches, images.positions), tail=0.03)
     return float(roc_auc_score(family.dirty[test], scores))
 
 

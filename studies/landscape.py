@@ -31,7 +31,7 @@ from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.meta.episodes import PatchBatch, draw_batch
 from anomalib_metarefine.progress import progress_bars
-from anomalib_metarefine.refinement.fitting import category
+from anomalib_metarefine.refinement.fitting import variant_pools
 from anomalib_metarefine.settings import Settings, seed_for
 from studies.common import begin
 from studies.drawing import Picture, canvas, look
@@ -186,7 +186,7 @@ def _measure(
     features: Features, settings: Settings, seed: int, steps: np.ndarray, directions: int, patches: int
 ) -> tuple[Around, Around]:
     images, flow, learned = begin(features, seed, settings)
-    pool = category(images, settings, seed)
+    pool = variant_pools(images, settings, seed)[0]
     generator = torch.Generator().manual_seed(seed_for(seed, "landscape"))
     drawn = draw_batch(*pool, torch.arange(len(pool.images)), patches, generator)
     # Rises of a millionth of the loss would drown in the rounding of single precision.

@@ -150,7 +150,8 @@ def curate(
         rows = [row_of[path] for path in store.paths]
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
         answers = {place: decision == "keep" for place, decision in decided.items()}
-        result = refine_images(store, gathered.grid, chosen, seed, bars, answers=answers)
+        labels = [source.variants[source.paths[row]] for row in rows] if source.variants else None
+        result = refine_images(store, gathered.grid, chosen, seed, bars, answers=answers, labels=labels)
         seconds["refinement"] = time.perf_counter() - begin
         begin = time.perf_counter()
         names = source.names

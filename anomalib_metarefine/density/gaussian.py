@@ -26,18 +26,19 @@ class PositionalGaussian(NamedTuple):
     precision_root: torch.Tensor  # L^-1, [P x D x D], lower triangular
     log_det: torch.Tensor  # log |L^-1|, [P]: what the map adds to a log-likelihood
     count: torch.Tensor  # patches that each position was fitted on, [P]
-    shrinkage: float  # weight of the pooled covariance
+    shrinkage: float | torch.Tensor  # weight of the pooled covariance; a tensor [P] has one for each position
 
     @classmethod
     def fit(
-        cls, chunks: Iterable[torch.Tensor], shrinkage: float, learned: torch.Tensor | None = None
+        cls, chunks: Iterable[torch.Tensor], shrinkage: float | torch.Tensor, learned: torch.Tensor | None = None
     ) -> PositionalGaussian:
         """Fit on the whitened patches of a set of images, read once, chunk by chunk.
 
         Args:
             chunks (Iterable[torch.Tensor]): ``[n x P x D]`` each, at least one image in all. One image is enough: the
                 spread then comes from the pooled covariance alone.
-            shrinkage (float): Weight of the pooled covariance in every position's own, in [0, 1].
+            shrinkage (float | torch.Tensor): Weight of the pooled covariance in every position's own, in [0, 1]; one
+                for all, or ``[P]``.
             learned (torch.Tensor | None): ``[N x P]`` mask of the patches to learn from, for the images of all chunks
                 in order, with at least one patch of every position; ``None`` learns from all.
 
@@ -60,7 +61,8 @@ class PositionalGaussian(NamedTuple):
         own = (outer - times * mean.unsqueeze(2) * mean.unsqueeze(1)) / (times - 1).clamp_min(1)
         centre = total.sum(0) / count.sum()
         pooled = outer.sum(0) / count.sum() - torch.outer(centre, centre)
-        covariance = torch.lerp(own, pooled.expand_as(own), torch.where(times > 1, shrinkage, 1.0).to(own))
+        weight = torch.as_tensor(shrinkage).view(-1, 1, 1).to(own)
+        covariance = torch.lerp(own, pooled.expand_as(own), torch.where(times > 1, weight, 1.0))
         covariance.diagonal(dim1=1, dim2=2).add_(_RIDGE)
         root = torch.linalg.cholesky(covariance)
         identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root)
@@ -72,6 +74,12 @@ class PositionalGaussian(NamedTuple):
         """Whiten ``[N x P x D]`` position by position, to the same shape."""
         centred = (patches - self.mean).transpose(0, 1)
         return (centred @ self.precision_root.transpose(1, 2)).transpose(0, 1)
+
+    def leading(self, channels: int) -> PositionalGaussian:
+        """The marginal density of the first channels: their map needs no others, as the map is triangular."""
+        root = self.precision_root[:, :channels, :channels]
+        log_det = root.diagonal(dim1=1, dim2=2).log().sum(1)
+        return self._replace(mean=self.mean[:, :channels], precision_root=root, log_det=log_det)
 
     def leave_one_out(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the map would have given had each image not been in the set it was fitted on.

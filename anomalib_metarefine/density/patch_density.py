@@ -1,4 +1,8 @@
-"""A fitted density of patches: Gaussian of the place, then the flow."""
+"""A fitted density of patches: Gaussians of the places, one set a variant, then the flow.
+
+An image is as unusual as the variant that it fits best says. Which one that is, the tail of the bits of the leading
+channels tells: a sixteenth of the cost of all channels, and the map of the places needs no others for it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import torch
 from torch.func import functional_call
 
 from anomalib_metarefine.density.flow import PatchFlow, bits_per_dimension
+from anomalib_metarefine.features.embedding import image_score
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,27 +26,53 @@ Parameters = dict[str, torch.Tensor]
 class PatchDensity(NamedTuple):
     """Global whitening, positional whitening, flow with its parameters; scores are in bits per dimension."""
 
-    whitening: Whitening  # c to D channels
-    gaussian: PositionalGaussian  # of the P places
-    flow: PatchFlow  # the architecture
+    whitening: Whitening  # C to D channels
+    gaussians: tuple[PositionalGaussian, ...]  # of the P places, one for each variant
+    flow: PatchFlow  # the architecture, shared by the variants
     parameters: Parameters  # of the flow
+    tail: float  # share of the patches that say how well an image fits a variant
 
-    def score(self, whitened: torch.Tensor, positions: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
+    def score(
+        self, whitened: torch.Tensor, positions: torch.Tensor, fitted: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Bits per dimension of patches, those it was fitted on as if each had been left out.
 
         Args:
             whitened (torch.Tensor): ``[n x P x D]``, globally whitened.
             positions (torch.Tensor): ``[P x 16]``.
-            fitted (torch.Tensor): ``[n x P]`` mask of the patches that the Gaussian was fitted on.
+            fitted (torch.Tensor | None): ``[n x P]`` number of the Gaussian that each patch was fitted on, -1 for none;
+                ``None`` if the images are new.
 
         Returns:
             torch.Tensor: ``[n x P]``.
         """
-        z, log_det = held_out(whitened, self.gaussian, fitted)
+        fitted = torch.full(whitened.shape[:2], -1) if fitted is None else fitted
+        variants = self.variants_of(whitened, fitted)
+        z, log_det = torch.empty_like(whitened), whitened.new_empty(whitened.shape[:2])
+        for number in variants.unique().tolist():
+            own = variants == number
+            z[own], log_det[own] = held_out(whitened[own], self.gaussians[number], fitted[own] == number)
         output, flow_log_det = functional_call(
             self.flow, self.parameters, (z.flatten(0, 1), positions.repeat(len(whitened), 1))
         )
         return bits_per_dimension(output, flow_log_det + log_det.flatten()).view(len(whitened), -1)
+
+    def variants_of(self, whitened: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
+        """Number ``[n]`` of the Gaussian that each image fits best; ``fitted`` as in `score`."""
+        if len(self.gaussians) == 1:
+            return torch.zeros(len(whitened), dtype=torch.long)
+        channels = routing_channels(whitened.shape[-1])
+        leading = whitened[..., :channels]
+        scores = [
+            image_score(bits_per_dimension(*held_out(leading, gaussian.leading(channels), fitted == number)), self.tail)
+            for number, gaussian in enumerate(self.gaussians)
+        ]
+        return torch.stack(scores).argmin(0)
+
+
+def routing_channels(dimensions: int) -> int:
+    """How many of the channels say which variant an image belongs to."""
+    return max(1, round(dimensions / 4))
 
 
 def held_out(

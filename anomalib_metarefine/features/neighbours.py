@@ -44,11 +44,13 @@ class NearestImages:
         nearest (int): References remembered for each patch. Where all of them are rejected later, the farthest stands
             for the rest, so that a patch never scores better for it.
         on_images (Callable[[int], None] | None): Told how many images were done since it was last called.
+        variants (np.ndarray | None): ``[N]`` number of each image's variant, for their layouts; ``None`` if one.
 
     Attributes:
         distances (np.ndarray): ``[N x P x K]`` half precision, ascending; infinite where there is no other image.
         images (np.ndarray): ``[N x P x K]``, rows of the store.
-        layout (float): Share of the variance of the references' patches that their place explains, in [0, 1].
+        layouts (np.ndarray): ``[V]`` share of the variance of the patches of each variant that their place explains,
+            in [0, 1], from its references; NaN where it has none.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class NearestImages:
         references: int = 300,
         nearest: int = 24,
         on_images: Callable[[int], None] | None = None,
+        variants: np.ndarray | None = None,
     ) -> None:
         self._grid, self._window = grid, window
         generator = torch.Generator().manual_seed(seed)
@@ -70,9 +73,8 @@ class NearestImages:
         axes = torch.linalg.eigh(torch.cov((sample - self._centre).T)).eigenvectors
         self._axes = axes.flip(1)[:, :_DIMENSIONS]
         memory = self._project(store.images(chosen))  # [P x M x D]
-        total = (memory - memory.mean((0, 1))).square().sum()
-        own = (memory - memory.mean(1, keepdim=True)).square().sum()
-        self.layout = float(1 - own / total) if total > 0 else 1.0
+        variants = np.zeros(count, dtype=int) if variants is None else variants
+        self.layouts = np.array([_layout(memory[:, variants[chosen] == v]) for v in range(variants.max() + 1)])
         norms = memory.square().sum(-1)
         patches, kept = len(memory), min(nearest, len(chosen))
         self._remembers_all = kept == len(chosen)
@@ -151,3 +153,12 @@ class NearestImages:
                 inner = torch.baddbmm(norms[there].unsqueeze(1), patches[here], memory[there].mT, alpha=-2)
                 best[here] = torch.minimum(best[here], inner)
         return (best + patches.square().sum(-1, keepdim=True)).clamp_min_(0)
+
+
+def _layout(memory: torch.Tensor) -> float:
+    """Share of the variance of patches ``[P x M x D]`` that their place explains."""
+    if memory.shape[1] == 0:
+        return float("nan")
+    total = (memory - memory.mean((0, 1))).square().sum()
+    own = (memory - memory.mean(1, keepdim=True)).square().sum()
+    return float(1 - own / total) if total > 0 else 1.0

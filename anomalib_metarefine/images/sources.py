@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +31,14 @@ class Source:
         paths (list[Path]): Absolute paths, sorted, each once. Symbolic links are not resolved.
         name (str): What to call the data set.
         datamodule (AnomalibDataModule | None): A copy of the datamodule that the images are the training set of.
+        variants (dict[Path, str] | None): Column ``variant`` of a table, by path.
     """
 
     root: Path
     paths: list[Path]
     name: str
     datamodule: AnomalibDataModule | None = None
+    variants: dict[Path, str] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -215,7 +217,10 @@ def _from_table(file: Path, root: str | Path | None) -> Source:
     paths = [base / path for path in listed]
     inside = all(absolute(path).is_relative_to(base) for path in paths)
     hint = f"Relative paths are relative to {base}; pass --root if they are not."
-    return _source(paths, root or (base if inside else None), file.stem, str(file), hint)
+    source = _source(paths, root or (base if inside else None), file.stem, str(file), hint)
+    if "variant" not in table:
+        return source
+    return replace(source, variants=dict(zip(map(absolute, paths), map(str, table["variant"]), strict=True)))
 
 
 def _root_of_manifest(file: Path) -> Path | None:

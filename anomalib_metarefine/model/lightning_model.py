@@ -117,6 +117,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         references: int = _DEFAULTS.references,
         likeness_weight: float = _DEFAULTS.likeness_weight,
         structure: Literal["auto", "aligned", "anywhere", "unlike"] = _DEFAULTS.structure,
+        variants: Literal["auto", "off", "folders", "column"] = _DEFAULTS.variants,
         rule: str = _DEFAULTS.rule,
         rounds: int = _DEFAULTS.rounds,
         patch_fence: float = _DEFAULTS.patch_fence,
@@ -230,7 +231,8 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         if not self.training_images:  # they came from dataloaders, not from a datamodule
             paths = [path for path in self.refinement.paths if Path(path).is_file()]
             self.training_images = check_images(paths, self.bit_depth).hashes
-        self.provenance = {"seed": seed, **data_hashes(self.refinement, self.training_images)}
+        variants = len(result.density.gaussians)
+        self.provenance = {"seed": seed, "variants": variants, **data_hashes(self.refinement, self.training_images)}
         if isinstance(self.post_processor, PostProcessor):  # of a model that is never validated
             try:
                 calibrate_model(self)

@@ -89,7 +89,8 @@ def _kept_in_float(network: ov.Model) -> list[str]:
     if root is None:
         msg = f"The exported graph has no constant {name!r}; without it, the backbone can't be told from the rest."
         raise RuntimeError(msg)
-    whitened = next(iter(root.output(0).get_target_inputs())).get_node()
+    readers = [target.get_node() for target in root.output(0).get_target_inputs()]
+    whitened = next(reader for reader in readers if reader.get_type_name() == "MatMul")  # variants are picked, too
     node = whitened.input_value(0).get_node()
     while node.get_type_name() != "MatMul":  # up to the projection, past slices, transposes and a subtraction
         node = node.input_value(0).get_node()

@@ -46,7 +46,7 @@ class MetaRefineModel(nn.Module):
         super().__init__()
         self.backbone = Backbone(backbone, layers, pre_trained)
         self.flow = PatchFlow(min(dimensions, sum(self.backbone.channels)), blocks, hidden)
-        self.scorer = PatchScorer()
+        self.scorer = PatchScorer(tail)
         self.tail = tail
 
     @torch.no_grad()
@@ -59,13 +59,13 @@ class MetaRefineModel(nn.Module):
         """Take over a fitted density.
 
         Args:
-            density (PatchDensity): Whitening and flow parameters.
+            density (PatchDensity): Whitening, Gaussians and flow parameters.
             grid (tuple[int, int]): Rows and columns of patches it was fitted on.
         """
         # First the permutations of its flow, which are no parameters that learn.
         self.flow.load_state_dict(density.flow.state_dict())
         self.flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
-        self.scorer.load(density.whitening, density.gaussian, self.flow, position_code(*grid))
+        self.scorer.load(density.whitening, density.gaussians, self.flow, position_code(*grid))
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Raw anomaly scores.

@@ -7,7 +7,7 @@ initialisation; and the distance to the nearest other images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,11 +29,17 @@ from anomalib_metarefine.refinement.rounds import Refinement, Round, record, run
 from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.refinement.scales import Scales
 from anomalib_metarefine.refinement.scores import hybrid, standardised
-from anomalib_metarefine.refinement.structure import Structure, find_structure
+from anomalib_metarefine.refinement.structure import (
+    GivenVariants,
+    Structure,
+    find_structure,
+    folder_names,
+    given_variants,
+)
 from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from rich.progress import Progress
@@ -94,6 +100,7 @@ def refine_images(
     *,
     start: tuple[Whitening, PatchFlow, Parameters] | None = None,
     answers: Mapping[int, bool] | None = None,
+    labels: Sequence[str] | None = None,
     log: Callable[[dict[str, float], int], None] = lambda _figures, _step: None,
 ) -> Result:
     """Meta-train, find out what kind of folder it is, refine, and fit the final density.
@@ -107,14 +114,19 @@ def refine_images(
         start (tuple[Whitening, PatchFlow, Parameters] | None): A meta-learned initialisation with the whitening and the
             flow that it was learned with; ``None`` learns one on the store.
         answers (Mapping[int, bool] | None): Rows that a person has decided to keep (true) or to reject.
+        labels (Sequence[str] | None): The user's name for the variant of each row, for ``variants="column"``.
         log (Callable[[dict[str, float], int], None]): Receives figures and their step.
 
     Returns:
         Result: By row of the store.
+
+    Raises:
+        ValueError: If variants are to be those of a column, and there is none.
     """
     rule = get_rule(settings.rule)
-    images, flow, initial = _beginning(store, grid, settings, seed, progress, start, log)
-    neighbours, structure = _compare(images, settings, seed, progress)
+    given = _given(store, settings, labels)
+    neighbours, structure = _compare(store, grid, given, settings, seed, progress)
+    images, flow, initial = _beginning(store, grid, structure.variants, settings, seed, progress, start, log)
     score = _Scorer(images, flow, initial, neighbours, structure, settings, seed, answers or {})
     task = progress.add_task("refinement", total=settings.rounds + 1)
 
@@ -129,6 +141,7 @@ def refine_images(
     maps = patch_scores(images, density, rounds.kept, learned)
     progress.update(task, completed=settings.rounds + 1)
     left_out = 1 - float(learned[rounds.kept].mean())
+    structure = replace(structure, unlearned=int((rounds.kept & (images.groups(rounds.kept) < 0)).sum()))
     refinement = record(rounds, store.paths, structure.describe(), store.left_out, left_out)
     return Result(refinement, rounds.scales, structure, images, density, maps, usual)
 
@@ -159,30 +172,46 @@ class _Scorer:
         weights = {"likelihood": settings.likelihood_weight, "neighbours": settings.neighbour_weight}
         variants, comparable = self.structure.variants, self.structure.comparable
         scores = hybrid(parts, weights, kept, variants)
-        unusual = deviations(self.images.chunks(), distances, kept)
+        unusual = deviations(self.images.chunks(), distances, kept, variants)
         if settings.likeness_weight == 0 or len(scores) < FEWEST_IMAGES:
             return Scored(scores, None, kept, comparable, parts, unusual)
         alike, trust = likeness(unusual, scores, self.answers)
         alike = standardised(alike, kept, variants)
         total = standardised(scores + settings.likeness_weight * trust * alike, kept, variants)
+        alike = np.where(self.structure.judged, alike, np.nan)
         return Scored(total, alike, kept, comparable, parts, unusual)
 
     def patches_to_learn(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Masks ``[N x P]`` of the patches to learn from, and of those that look usual for their place.
 
         A dirty image that no rule rejects is still unusual somewhere: on KolektorSDD with 10 % dirty images, leaving
-        such regions out after the rounds is worth 4 points of image AUROC. Not so where a small variant is unusual
-        everywhere, nor where images would change their order without the unusual regions.
+        such regions out after the rounds is worth 4 points of image AUROC. Each variant has its own usual, and a
+        small one none. Not so where images would change their order without the unusual regions.
         """
-        everyone = np.ones((len(kept), len(self.images.positions)), dtype=bool)
-        alike = self.structure.comparable and not self.structure.variants.any()
-        if self.neighbours is None or self.settings.patch_fence == 0 or not alike:
-            return everyone, everyone
-        usual = everyone.copy()
-        usual[kept] = usual_patches(self.neighbours.episodic(kept)[0][kept].numpy(), self.settings.patch_fence)
-        learned = outside_regions(usual, self.images.grid, LEAST_REGION)
-        before, after = (gaussian_scores(self.images, kept, mask, self.settings) for mask in (everyone, learned))
-        return (learned, usual) if keeps_order(before, after) else (everyone, everyone)
+        usual = np.ones((len(kept), len(self.images.positions)), dtype=bool)
+        learned = usual.copy()
+        if self.neighbours is None or self.settings.patch_fence == 0 or not self.structure.comparable:
+            return learned, usual
+        distances = self.neighbours.episodic(kept)[0].numpy()
+        for variant in np.unique(self.structure.variants):
+            own = self.structure.judged & (self.structure.variants == variant)
+            self._leave_out(own, own & kept, distances, learned, usual)
+        return learned, usual
+
+    def _leave_out(
+        self, own: np.ndarray, kept: np.ndarray, distances: np.ndarray, learned: np.ndarray, usual: np.ndarray
+    ) -> None:
+        """Mark the unusual patches of a variant, and what lies around them, in the masks ``[N x P]`` of all images."""
+        looks_usual = np.ones(usual.shape, dtype=bool)
+        looks_usual[kept] = usual_patches(distances[kept], self.settings.patch_fence)
+        if looks_usual.all():
+            return
+        everything, outside = np.ones(usual.shape, dtype=bool), np.ones(usual.shape, dtype=bool)
+        outside[own] = outside_regions(looks_usual[own], self.images.grid, LEAST_REGION)
+        before, after = (gaussian_scores(self.images, kept, mask, self.settings) for mask in (everything, outside))
+        if keeps_order(before, after):
+            learned &= outside
+            usual &= looks_usual
 
     def _maps(self, kept: np.ndarray) -> torch.Tensor:
         everyone = np.ones((len(kept), len(self.images.positions)), dtype=bool)
@@ -190,9 +219,21 @@ class _Scorer:
         return patch_scores(self.images, density, kept, everyone)
 
 
+def _given(store: FeatureStore, settings: Settings, labels: Sequence[str] | None) -> GivenVariants | None:
+    if settings.variants == "folders":
+        return given_variants(folder_names(store.paths))
+    if settings.variants != "column":
+        return None
+    if labels is None:
+        msg = "variants=column needs a table of images with a column `variant`, and there is none. "
+        raise ValueError(msg + "Add it, or take variants=folders, which every training can.")
+    return given_variants(labels)
+
+
 def _beginning(
     store: FeatureStore,
     grid: tuple[int, int],
+    variants: np.ndarray,
     settings: Settings,
     seed: int,
     progress: Progress,
@@ -201,27 +242,41 @@ def _beginning(
 ) -> tuple[Images, PatchFlow, Parameters]:
     if start is not None:
         whitening, flow, initial = start
-        return Images(store, whitening, grid), flow, initial
+        return Images(store, whitening, grid, variants), flow, initial
     flow = new_flow(store.shape[1], settings.dimensions, settings.blocks, settings.hidden, seed_for(seed, "flow"))
-    images = Images(store, fit_whitening([store], flow.dimensions, seed), grid)
+    images = Images(store, fit_whitening([store], flow.dimensions, seed), grid, variants)
     return images, flow, learn_initialisation([images], flow, settings, seed, progress, log)
 
 
 def _compare(
-    images: Images, settings: Settings, seed: int, progress: Progress
+    store: FeatureStore,
+    grid: tuple[int, int],
+    given: GivenVariants | None,
+    settings: Settings,
+    seed: int,
+    progress: Progress,
 ) -> tuple[NearestImages | None, Structure]:
     """The images compared with each other, unless nothing is rejected anyway."""
-    count = len(images.store)
+    count = len(store)
     if settings.rounds == 0:
-        return None, Structure("aligned", float("nan"), float("nan"), np.zeros(count, dtype=int))
+        variants, names = given or GivenVariants(np.zeros(count, dtype=int), ())
+        return None, Structure("aligned", float("nan"), float("nan"), variants, names)
     task = progress.add_task("comparing images", total=count)
     neighbours = NearestImages(
-        images.store,
-        images.grid,
+        store,
+        grid,
         seed_for(seed, "references"),
         settings.neighbour_window,
         settings.references,
         on_images=lambda done: progress.update(task, advance=done),
+        variants=given.numbers if given else None,
     )
-    structure = find_structure(neighbours, settings.neighbour_tail, seed_for(seed, "structure"), settings.structure)
+    structure = find_structure(
+        neighbours,
+        settings.neighbour_tail,
+        seed_for(seed, "structure"),
+        settings.structure,
+        given,
+        look_for_variants=settings.variants == "auto",
+    )
     return neighbours, structure

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _POOL = 384  # images that gradient steps draw from
 _WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
+FEWEST_LEARNED = 5  # kept images of a variant that has Gaussians of its own
+_POOLED_IMAGES = 20  # that the pooled covariance counts for: it takes half of the weight among as many
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,30 @@ class Images:
         store (FeatureStore): Embeddings.
         whitening (Whitening): Global whitening.
         grid (tuple[int, int]): Rows and columns of patches.
+        variants (np.ndarray | None): ``[N]`` number of each image's variant; ``None`` if there is one.
     """
 
     store: FeatureStore
     whitening: Whitening
     grid: tuple[int, int]
+    variants: np.ndarray | None = None
 
     @property
     def positions(self) -> torch.Tensor:
         """Codes of the places, ``[P x 16]``."""
         return position_code(*self.grid)
+
+    def groups(self, kept: np.ndarray) -> np.ndarray:
+        """Number of the Gaussian that each image counts for, ``[N]``: one for each variant.
+
+        A variant with fewer than five kept images (``[N]`` mask) has none, and its images get -1: too few to learn it
+        from, and too different for the Gaussians of others. Where all variants are so small, they are taken as one.
+        """
+        if self.variants is None:
+            return np.zeros(len(self.store), dtype=int)
+        large = np.bincount(self.variants[kept], minlength=self.variants.max() + 1) >= FEWEST_LEARNED
+        numbers = np.where(large, large.cumsum() - 1, -1) if large.any() else np.zeros(len(large), dtype=int)
+        return numbers[self.variants]
 
     def chunks(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Rows and whitened patches ``[n x P x D]``, a few images at a time; of all images by default."""
@@ -92,7 +108,7 @@ def learn_initialisation(
         log({"meta/query_bits_per_dim": query_loss}, step)
 
     generator = torch.Generator().manual_seed(seed_for(seed, "meta-training"))
-    pools = [category(images, settings, seed) for images in categories]
+    pools = [pool for images in categories for pool in variant_pools(images, settings, seed)]
     return meta_train(pools, trainable(flow), flow_loss(flow, settings.trim), settings, generator, on_step)
 
 
@@ -116,29 +132,39 @@ def fit_density(
         settings (Settings): See `MetaRefine`.
         seed (int): Of the patches drawn.
     """
-    gaussian = fit_gaussian(images, kept, learned, settings.shrinkage)
+    groups = images.groups(kept)
+    gaussians = tuple(
+        fit_gaussian(images, kept & (groups == group), learned, settings.shrinkage) for group in range(groups.max() + 1)
+    )
     generator = torch.Generator().manual_seed(seed_for(seed, "adaptation"))
-    rows = _pool_rows(kept, generator)
-    pool, usable = _pool(images, rows, gaussian), torch.from_numpy(learned[rows]).nonzero()
+    rows = _pool_rows(kept & (groups >= 0), generator)
+    pool, usable = _pool(images, rows, gaussians, groups[rows]), torch.from_numpy(learned[rows]).nonzero()
     batches = (
         draw_patches(pool, images.positions, usable, settings.batch_patches, generator)
         for _ in range(settings.adaptation_steps)
     )
     learner = get_learner(settings.meta_backend)
     parameters = learner.adapt(flow_loss(flow, settings.trim), initial, batches, settings.inner_lr)
-    return PatchDensity(images.whitening, gaussian, flow, parameters)
+    return PatchDensity(images.whitening, gaussians, flow, parameters, settings.tail)
 
 
 def fit_gaussian(images: Images, kept: np.ndarray, learned: np.ndarray, shrinkage: float) -> PositionalGaussian:
-    """Positional whitening of the kept images (``[N]`` mask), of the patches ``[N x P]`` to learn from."""
+    """Positional whitening of the kept images (``[N]`` mask), of the patches ``[N x P]`` to learn from.
+
+    The pooled covariance weighs ``shrinkage``, and more where images are few: a covariance of few images gives higher
+    scores to new ones, and one threshold is to do for variants of 20 and of 200 images.
+    """
     chunks = (chunk for _, chunk in images.chunks(np.flatnonzero(kept)))
-    return PositionalGaussian.fit(chunks, shrinkage, torch.from_numpy(learned[kept]))
+    mask = torch.from_numpy(learned[kept])
+    weight = (_POOLED_IMAGES / (_POOLED_IMAGES + mask.sum(0))).clamp_min(shrinkage)
+    return PositionalGaussian.fit(chunks, weight, mask)
 
 
 @torch.no_grad()
 def patch_scores(images: Images, density: PatchDensity, kept: np.ndarray, learned: np.ndarray) -> torch.Tensor:
     """Bits per dimension of all patches, ``[N x P]``; those the density was fitted on as if left out."""
-    maps, fitted = torch.empty(learned.shape), torch.from_numpy(learned & kept[:, None])
+    maps = torch.empty(learned.shape)
+    fitted = torch.from_numpy(np.where(learned & kept[:, None], images.groups(kept)[:, None], -1))
     for rows, chunk in images.chunks():
         maps[rows] = density.score(chunk, images.positions, fitted[rows])
     return maps
@@ -159,13 +185,16 @@ def gaussian_scores(images: Images, kept: np.ndarray, learned: np.ndarray, setti
     return torch.cat(scores).numpy()
 
 
-def category(images: Images, settings: Settings, seed: int) -> Category:
-    """All images as episodes are drawn from them."""
-    kept = np.ones(len(images.store), dtype=bool)
-    learned = np.ones((len(kept), len(images.positions)), dtype=bool)
-    gaussian = fit_gaussian(images, kept, learned, settings.shrinkage)
-    rows = _pool_rows(kept, torch.Generator().manual_seed(seed_for(seed, "pool")))
-    return Category(_pool(images, rows, gaussian), images.positions)
+def variant_pools(images: Images, settings: Settings, seed: int) -> list[Category]:
+    """All images as episodes are drawn from them, variant by variant."""
+    everyone = np.ones(len(images.store), dtype=bool)
+    learned = np.ones((len(everyone), len(images.positions)), dtype=bool)
+    groups, pools = images.groups(everyone), []
+    for group in range(groups.max() + 1):
+        gaussian = fit_gaussian(images, groups == group, learned, settings.shrinkage)
+        rows = _pool_rows(groups == group, torch.Generator().manual_seed(seed_for(seed, "pool")))
+        pools.append(Category(_pool(images, rows, [gaussian], np.zeros(len(rows))), images.positions))
+    return pools
 
 
 def _pool_rows(kept: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -176,6 +205,12 @@ def _pool_rows(kept: np.ndarray, generator: torch.Generator) -> np.ndarray:
     return rows[torch.randperm(len(rows), generator=generator)[:_POOL].sort().values.numpy()]
 
 
-def _pool(images: Images, rows: np.ndarray, gaussian: PositionalGaussian) -> torch.Tensor:
-    """Whitened patches ``[n x P x D]`` of some images, as held-out images would look."""
-    return torch.cat([gaussian.leave_one_out(gaussian(chunk))[0] for _, chunk in images.chunks(rows)])
+def _pool(
+    images: Images, rows: np.ndarray, gaussians: Sequence[PositionalGaussian], groups: np.ndarray
+) -> torch.Tensor:
+    """Patches ``[n x P x D]`` of some images, whitened by the Gaussians ``[n]`` they count for as if left out."""
+    pool = torch.empty(len(rows), *gaussians[0].mean.shape)
+    for number, gaussian in enumerate(gaussians):
+        for part, chunk in images.chunks(rows[groups == number]):
+            pool[np.searchsorted(rows, part)] = gaussian.leave_one_out(gaussian(chunk))[0]  # rows ascend
+    return pool

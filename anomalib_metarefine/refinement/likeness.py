@@ -30,9 +30,14 @@ FEWEST_IMAGES = 20  # fewer were not tried
 
 
 def deviations(
-    chunks: Iterable[tuple[np.ndarray, torch.Tensor]], distances: torch.Tensor, kept: np.ndarray
+    chunks: Iterable[tuple[np.ndarray, torch.Tensor]],
+    distances: torch.Tensor,
+    kept: np.ndarray,
+    variants: np.ndarray | None = None,
 ) -> np.ndarray:
     """What is unusual about each image: how its unusual patches differ from the mean patch of their place.
+
+    The mean is that of the own variant; of all images where nothing of that is kept.
 
     Args:
         chunks (Iterable[tuple[np.ndarray, torch.Tensor]]): Numbers of ``n`` images and their patches ``[n x P x D]``,
@@ -40,17 +45,27 @@ def deviations(
         distances (torch.Tensor): ``[N x P]``, how unusual each patch is. Patches count by the square of what lies above
             the median of their image.
         kept (np.ndarray): ``[N]`` mask of the images that count as normal.
+        variants (np.ndarray | None): ``[N]`` number of each image's variant; ``None`` if there is one.
 
     Returns:
         np.ndarray: ``[N x D]``.
     """
+    variants = np.zeros(len(kept), dtype=int) if variants is None else variants
     weights = (distances - distances.median(1, keepdim=True).values).clamp_min(0).square()
     weights /= weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-    seen, total = [], torch.zeros(())
+    counts = np.bincount(variants[kept], minlength=variants.max() + 1)
+    seen, totals = [], [torch.zeros(())] * len(counts)
     for rows, patches in chunks:
         seen.append(torch.einsum("np,npd->nd", weights[rows], patches))
-        total = total + patches[torch.from_numpy(kept[rows])].sum(0)
-    return (torch.cat(seen) - weights @ (total / kept.sum())).double().numpy()
+        for variant in np.unique(variants[rows]):
+            own = kept[rows] & (variants[rows] == variant)
+            totals[variant] = totals[variant] + patches[torch.from_numpy(own)].sum(0)
+    unusual = torch.cat(seen)
+    for variant, count in enumerate(counts):
+        own = torch.from_numpy(variants == variant)
+        usual = totals[variant] / count if count else sum(totals) / kept.sum()
+        unusual[own] -= weights[own] @ usual
+    return unusual.double().numpy()
 
 
 def likeness(

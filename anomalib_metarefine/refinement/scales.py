@@ -15,8 +15,8 @@ class Scales:
 
     Attributes:
         scores (np.ndarray): ``[N]``, finite; higher is more anomalous.
-        likeness (np.ndarray | None): ``[N]``, how much an image is like *other* suspicious ones; ``None`` where images
-            are too few to tell.
+        likeness (np.ndarray | None): ``[N]``, how much an image is like *other* suspicious ones; NaN where its variant
+            can't be compared, ``None`` where images are too few to tell.
         kept (np.ndarray | None): ``[N]`` mask of the images that scores and likeness are measured against; ``None`` if
             all are.
         comparable (bool): Whether the images share enough for their scores to mean anything, see `Structure`.

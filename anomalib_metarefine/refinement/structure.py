@@ -22,21 +22,29 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from scipy.stats import spearmanr
 
+from anomalib_metarefine.images.sources import listing
+from anomalib_metarefine.refinement.fitting import FEWEST_LEARNED
 from anomalib_metarefine.refinement.patches import place_scale
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from anomalib_metarefine.features.neighbours import NearestImages
 
 Kind = Literal["aligned", "anywhere", "unlike"]
 
+_SAID = {"anywhere": "parts that lie anywhere", "unlike": "images that share too little"}
 _SPLITS = 4  # of the images into halves
 _LEAST_RELIABILITY = 0.35
 _LEAST_LAYOUT = 0.1
@@ -50,44 +58,86 @@ _LEAST_SHARE = 0.02  # of the images
 _FEWEST_IMAGES = 20  # fewer say nothing of a folder
 
 
+class GivenVariants(NamedTuple):
+    """The user's own grouping of images.
+
+    Attributes:
+        numbers (np.ndarray): ``[N]`` number of each image's variant; 0 is the largest.
+        names (tuple[str, ...]): What the user calls each.
+    """
+
+    numbers: np.ndarray
+    names: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Structure:
     """What kind of folder it is.
 
     Attributes:
-        kind (Kind): ``"aligned"``, ``"anywhere"`` (parts lie anywhere) or ``"unlike"`` (images share too little).
-        layout (float): Share of the variance of patches that their place explains, in [0, 1].
-        reliability (float): Rank correlation of scores against two halves of the images; NaN where there are too few.
+        kind (Kind): ``"aligned"``, ``"anywhere"`` (parts lie anywhere) or ``"unlike"`` (images share too little); of
+            several variants that differ in it, ``"aligned"`` if any is.
+        layout (float): Share of the variance of patches that their place explains, in [0, 1]; mean over the images.
+        reliability (float): Rank correlation of scores against two halves of the images, in the mean over the images;
+            NaN where there are too few.
         variants (np.ndarray): ``[N]`` number of each image's variant; 0 is the largest.
+        names (tuple[str, ...]): What the user calls each variant; empty if variants were looked for.
+        kinds (tuple[Kind, ...]): Of each variant, where they differ.
+        unlearned (int): Kept images of variants that are too small to have statistics of their own.
     """
 
     kind: Kind
     layout: float
     reliability: float
     variants: np.ndarray
+    names: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    unlearned: int = 0
 
     @property
     def comparable(self) -> bool:
         """Whether a score says enough for a rule to reject an image by it."""
         return self.kind == "aligned"
 
+    @property
+    def judged(self) -> np.ndarray:
+        """``[N]`` mask of the images whose variant is comparable."""
+        if not self.kinds:
+            return np.full(len(self.variants), self.comparable)
+        return np.array([kind == "aligned" for kind in self.kinds])[self.variants]
+
     def describe(self) -> str:
-        """The folder in a sentence, with the evidence."""
+        """The folder in a sentence, with the evidence; another says what a model of it won't know."""
+        if self.unlearned:
+            images = f"{self.unlearned} kept image{'s' * (self.unlearned > 1)}"
+            reason = (
+                f"of variants of fewer than {FEWEST_LEARNED} can't be learned: a model will find their like unusual."
+            )
+            return f"{replace(self, unlearned=0).describe()} {images} {reason}"
+        given = f"{self._listing()}. " if self.names else ""
         if np.isnan(self.layout):
-            return "Images were not compared with each other."
+            return f"{given}Images were not compared with each other."
         evidence = f"place explains {self.layout:.0%} of what patches show"
         if np.isfinite(self.reliability):
             evidence += f", two halves of the images agree to {self.reliability:.2f} on the scores"
-        counts = np.bincount(self.variants)
         if self.kind == "unlike":
-            text = "Images that share too little to be compared: no image is judged"
+            text = f"{given}Images that share too little to be compared: no image is judged"
         elif self.kind == "anywhere":
-            text = "Parts that lie anywhere: images can be ordered, but no fence can be relied on"
-        elif len(counts) > 1:
-            text = f"{len(counts)} variants, of {', '.join(map(str, counts))} images"
+            text = f"{given}Parts that lie anywhere: images can be ordered, but no fence can be relied on"
+        elif self.names or self.variants.any():
+            text = self._listing()
         else:
             text = "One aligned product"
-        return f"{text} ({evidence})."
+        others = [f"{name}: {_SAID[kind]}" for name, kind in zip(self.names, self.kinds, strict=False) if kind in _SAID]
+        judged = f" No image of these is judged: {listing(others, limit=8)}." if others else ""
+        return f"{text} ({evidence}).{judged}"
+
+    def _listing(self) -> str:
+        counts = np.bincount(self.variants).tolist()
+        if not self.names:
+            return f"{len(counts)} variants, of {', '.join(map(str, counts))} images"
+        named = [f"{name} ({count} images)" for name, count in zip(self.names, counts, strict=True)]
+        return f"{len(counts)} variant{'s' * (len(counts) > 1)}, as given: {listing(named, limit=8)}"
 
     def summary(self) -> dict[str, Any]:
         """For ``run.json``."""
@@ -97,11 +147,48 @@ class Structure:
             "layout": round(self.layout, 3),
             "reliability": reliability,
             "variants": np.bincount(self.variants).tolist(),
+            "names": list(self.names),
+            "kinds": list(self.kinds),
             "text": self.describe(),
         }
 
 
-def find_structure(neighbours: NearestImages, tail: float, seed: int, kind: Kind | Literal["auto"]) -> Structure:
+def given_variants(labels: Sequence[str]) -> GivenVariants:
+    """A variant for every name that the user gives images.
+
+    Example:
+        >>> given_variants(["mono", "poly", "poly"])
+        GivenVariants(numbers=array([1, 0, 0]), names=('poly', 'mono'))
+    """
+    counts = Counter(labels)
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    number = {name: i for i, name in enumerate(names)}
+    return GivenVariants(np.array([number[label] for label in labels]), tuple(names))
+
+
+def folder_names(paths: Sequence[str]) -> list[str]:
+    """The folder that each image lies in, below the one that all have in common.
+
+    Example:
+        >>> folder_names(["line/mono/1.png", "line/poly/left/1.png"])
+        ['mono', 'poly/left']
+    """
+    folders = [Path(path).parent for path in paths]
+    common = Path(os.path.commonpath(folders))
+    if folders.count(common) == len(folders):
+        return [common.name] * len(folders)
+    return [folder.relative_to(common).as_posix() for folder in folders]
+
+
+def find_structure(
+    neighbours: NearestImages,
+    tail: float,
+    seed: int,
+    kind: Kind | Literal["auto"],
+    given: GivenVariants | None = None,
+    *,
+    look_for_variants: bool = True,
+) -> Structure:
     """Look at how images find their like among each other.
 
     Args:
@@ -109,6 +196,8 @@ def find_structure(neighbours: NearestImages, tail: float, seed: int, kind: Kind
         tail (float): Share of the patches that make the distance of an image.
         seed (int): Of the splits.
         kind (Kind | Literal["auto"]): What the user says it is; ``"auto"`` finds out.
+        given (GivenVariants | None): The user's own variants.
+        look_for_variants (bool): Find variants where none are given.
 
     Raises:
         ValueError: If there is no such kind.
@@ -116,15 +205,27 @@ def find_structure(neighbours: NearestImages, tail: float, seed: int, kind: Kind
     if kind not in ("auto", *get_args(Kind)):
         msg = f"structure must be auto or one of {', '.join(get_args(Kind))}, found {kind!r}."
         raise ValueError(msg)
-    count, layout = len(neighbours.distances), neighbours.layout
-    if count < _FEWEST_IMAGES:
-        return Structure("aligned" if kind == "auto" else kind, layout, float("nan"), np.zeros(count, dtype=int))
-    reliability = _split_half(neighbours, tail, np.random.default_rng(seed))
+    count = len(neighbours.distances)
+    variants, names = given or GivenVariants(np.zeros(count, dtype=int), ())
+    counts, layouts = np.bincount(variants), neighbours.layouts
+    layout = float(np.average(np.nan_to_num(layouts), weights=counts * np.isfinite(layouts)))
+    large = counts >= _FEWEST_IMAGES
+    if not large.any():
+        return Structure("aligned" if kind == "auto" else kind, layout, float("nan"), variants, names)
+    reliabilities = _split_half(neighbours, variants, tail, np.random.default_rng(seed))
+    reliability = float(np.average(reliabilities[large], weights=counts[large]))
+    kinds: tuple[Kind, ...] = ()
     if kind == "auto":
-        kind = _kind(layout, reliability)
-    everyone = np.ones(count, dtype=bool)
-    variants = _variants(neighbours.episodic(everyone)[0], neighbours.images[:, :, 0]) if kind == "aligned" else None
-    return Structure(kind, layout, reliability, np.zeros(count, dtype=int) if variants is None else variants)
+        kinds = tuple(
+            _kind(*evidence) if enough else "aligned"
+            for *evidence, enough in zip(layouts, reliabilities, large, strict=True)
+        )
+        kind = "aligned" if "aligned" in kinds else max(kinds, key=kinds.count)
+        kinds = kinds if len(set(kinds)) > 1 else ()
+    if kind == "aligned" and given is None and look_for_variants:
+        everyone = np.ones(count, dtype=bool)
+        variants = _variants(neighbours.episodic(everyone)[0], neighbours.images[:, :, 0])
+    return Structure(kind, layout, reliability, variants, names, kinds)
 
 
 def _kind(layout: float, reliability: float) -> Kind:
@@ -133,14 +234,21 @@ def _kind(layout: float, reliability: float) -> Kind:
     return "aligned" if reliability >= _LEAST_RELIABILITY else "anywhere"
 
 
-def _split_half(neighbours: NearestImages, tail: float, generator: np.random.Generator) -> float:
-    count, found = len(neighbours.distances), []
-    for _ in range(_SPLITS):
+def _split_half(
+    neighbours: NearestImages, variants: np.ndarray, tail: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Of each variant by itself: between them, scores differ whatever half they come from. NaN for small ones."""
+    count, counts = len(neighbours.distances), np.bincount(variants)
+    found = np.full((_SPLITS, len(counts)), np.nan)
+    for split in range(_SPLITS):
         half = np.zeros(count, dtype=bool)
         half[generator.permutation(count)[: count // 2]] = True
         one, other = (neighbours.image_distances(part, tail) for part in (half, ~half))
-        found.append(spearmanr(one, other).statistic if min(np.ptp(one), np.ptp(other)) > 0 else 1.0)
-    return float(np.mean(found))
+        for variant in np.flatnonzero(counts >= _FEWEST_IMAGES):
+            own = variants == variant
+            alike = min(np.ptp(one[own]), np.ptp(other[own])) == 0
+            found[split, variant] = 1.0 if alike else spearmanr(one[own], other[own]).statistic
+    return found.mean(0)
 
 
 def _variants(distances: torch.Tensor, nearest: np.ndarray) -> np.ndarray:

@@ -136,6 +136,19 @@ def test_ten_images_and_one(tmp_path):
     assert alone.manifest.counts == {"keep": 1, "reject": 0, "review": 0}
 
 
+def test_a_users_own_grouping_is_taken_from_folders_or_a_column(dirty, tmp_path):
+    by_folder = curate(dirty, variants="folders", **SMALL).manifest
+    assert set(by_folder.table.variant + by_folder.table.image_path.str.contains("shift1")) == {0, 2}
+    assert "2 variants, as given: shift0 (20 images), shift1 (20 images)" in by_folder.run["structure"]["text"]
+    names = by_folder.table.image_path
+    table = tmp_path / "list.csv"
+    pd.DataFrame({"image_path": names, "variant": np.where(names.str.contains("bad"), "b", "g")}).to_csv(table)
+    by_column = curate(table, root=dirty, variants="column", rounds=0, **SMALL).manifest.table
+    assert by_column.variant.tolist() == by_column.image_path.str.contains("bad").astype(int).tolist()
+    with pytest.raises(ValueError, match="needs a table of images with a column"):
+        curate(dirty, variants="column", **SMALL)
+
+
 def test_nothing_readable(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match=r"None of the 1 images can be read.*a\.png"):

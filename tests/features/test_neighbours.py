@@ -110,8 +110,8 @@ def test_tells_images_that_lie_alike_from_those_that_do_not():
     alike.add([str(i) for i in range(30)], part + noise)
     rolled = [torch.roll(part, i, 0) for i in range(30)]  # the same patches, at another place in every image
     anywhere.add([str(i) for i in range(30)], torch.stack(rolled) + noise)
-    assert compare(alike).layout > 0.95
-    assert compare(anywhere).layout < 0.2
+    assert compare(alike).layouts[0] > 0.95
+    assert compare(anywhere).layouts[0] < 0.2
 
 
 def test_the_same_references_for_the_same_seed():

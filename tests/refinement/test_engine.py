@@ -6,7 +6,7 @@ from rich.progress import Progress
 from anomalib_metarefine.density.patch_density import new_flow, trainable
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.refinement.engine import refine_images
-from anomalib_metarefine.refinement.fitting import Images, fit_density, fit_whitening
+from anomalib_metarefine.refinement.fitting import Images, fit_density, fit_gaussian, fit_whitening
 from anomalib_metarefine.settings import Settings
 
 GRID, CHANNELS = (5, 6), 10
@@ -77,12 +77,12 @@ def test_what_is_rejected_leaves_no_trace():
         )
         for some in (images, other)
     )  # fmt: skip
-    torch.testing.assert_close(first.gaussian.precision_root, second.gaussian.precision_root)
+    torch.testing.assert_close(first.gaussians[0].precision_root, second.gaussians[0].precision_root)
     torch.testing.assert_close(first.parameters, second.parameters)
 
 
 def test_a_persons_answers_hold_and_teach():
-    images = embeddings(60, dirty=10, strength=2.0)
+    images = embeddings(60, dirty=10, strength=1.5)
     alone = refined(images, rule="share:0")
     told = refined(images, rule="share:0", answers={0: False, 1: False, 2: False, 59: True})
     assert np.flatnonzero(~told.kept).tolist() == [0, 1, 2]
@@ -141,6 +141,77 @@ def test_fitted_patches_are_scored_as_if_left_out():
     found = refined(images, rule="count:3", adaptation_steps=0)
     fitted = torch.from_numpy(found.kept)
     whitened = found.images.whitening(found.images.store.images())
-    as_they_are = found.density.score(whitened, found.images.positions, torch.zeros(30, PLACES, dtype=torch.bool))
+    as_they_are = found.density.score(whitened, found.images.positions)
     torch.testing.assert_close(found.maps[~fitted], as_they_are[~fitted])
     assert (found.maps[fitted] != as_they_are[fitted]).all()
+
+
+def in_folders(*parts: tuple[str, torch.Tensor]) -> FeatureStore:
+    store = FeatureStore()
+    for name, images in parts:
+        store.add([f"line/{name}/{i:03d}.png" for i in range(len(images))], images)
+    store.sort()
+    return store
+
+
+def test_each_folder_has_statistics_of_its_own_and_images_go_to_those_they_fit():
+    parts = [embeddings(30), embeddings(12).flip(1) + 4]
+    found = refined(in_folders(("a", parts[0]), ("b", parts[1])), variants="folders", rule="share:0")
+    assert found.structure.names == ("a", "b")
+    assert "2 variants, as given: a (30 images), b (12 images)" in found.refinement.structure
+    everyone = np.ones((12, PLACES), dtype=bool)
+    alone = fit_gaussian(Images(store_of(parts[1]), found.images.whitening, GRID), everyone[:, 0], everyone, 0.2)
+    torch.testing.assert_close(found.density.gaussians[1].mean, alone.mean)
+    torch.testing.assert_close(found.density.gaussians[1].precision_root, alone.precision_root)
+    whitened = found.images.whitening(found.images.store.images())
+    assert found.density.variants_of(whitened, torch.full((42, PLACES), -1)).tolist() == [0] * 30 + [1] * 12
+    as_they_are = found.density.score(whitened, found.images.positions)
+    assert (found.maps > as_they_are).float().mean() > 0.9  # as if left out
+
+
+def test_a_variant_of_less_than_five_images_is_not_learned():
+    store = in_folders(("a", embeddings(30)), ("b", embeddings(4).flip(1) + 4), ("c", embeddings(5) - 4))
+    found = refined(store, variants="folders", rule="share:0")
+    assert "4 kept images of variants of fewer than 5 can't be learned" in found.refinement.structure
+    assert found.images.groups(found.kept).tolist() == [0] * 30 + [-1] * 4 + [1] * 5
+    assert [int(gaussian.count[0]) for gaussian in found.density.gaussians] == [30, 5]
+    small = refined(in_folders(("a", embeddings(4)), ("b", embeddings(3))), variants="folders")
+    assert [int(gaussian.count[0]) for gaussian in small.density.gaussians] == [7]  # better than none
+
+
+def test_a_column_may_say_what_belongs_together():
+    store = store_of(torch.cat([embeddings(10), embeddings(6).flip(1) + 4]))
+    labels = ["left"] * 10 + ["right"] * 6
+    settings = Settings(**SMALL, variants="column")
+    found = refine_images(store, GRID, settings, 0, Progress(disable=True), labels=labels)
+    assert found.structure.names == ("left", "right")
+    assert len(found.density.gaussians) == 2
+    with pytest.raises(ValueError, match="needs a table of images with a column `variant`"):
+        refined(store, variants="column")
+
+
+def test_one_folder_is_one_product():
+    images = embeddings(30, dirty=4)
+    one, off = (refined(in_folders(("a", images)), variants=setting) for setting in ("folders", "off"))
+    torch.testing.assert_close(one.maps, off.maps)
+    assert one.refinement.kept == off.refinement.kept
+
+
+def test_regions_are_left_out_variant_by_variant():
+    images = embeddings(90, dirty=4)
+    alone = refined(images, variants="off", rule="share:0")
+    few = embeddings(30).flip(1) + 4
+    both = refined(in_folders(("a", images), ("b", few)), variants="folders", rule="share:0")
+    assert 0 < (~both.usual[:90]).sum() < 2 * (~alone.usual).sum()
+    assert both.usual[90:].all()
+
+
+def test_images_of_a_variant_that_cannot_be_compared_are_not_judged():
+    strangers = 9 + 3 * torch.rand(60, PLACES, CHANNELS, generator=torch.Generator().manual_seed(0))
+    strangers[:6, :2] += 6 * torch.randn(CHANNELS, generator=torch.Generator().manual_seed(1))
+    store = in_folders(("a", embeddings(100, dirty=12)), ("b", strangers))
+    found = refined(store, variants="folders")
+    assert found.structure.kinds == ("aligned", "unlike")
+    assert np.flatnonzero(~found.kept).tolist() == list(range(12))
+    assert np.isnan(found.scales.likeness[100:]).all()
+    assert found.usual[100:].all()

@@ -88,3 +88,17 @@ def test_deviations_are_weighted_means_of_what_differs_from_the_usual_patch():
         expected = (excess[:, None] * (patches[image] - usual)).sum(0) / excess.sum()
         np.testing.assert_allclose(result[image], expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(result[6], 0)
+
+
+def test_deviations_are_from_the_mean_of_the_own_variant():
+    generator = torch.Generator().manual_seed(0)
+    patches, distances = torch.randn(9, 5, 3, generator=generator), torch.rand(9, 5, generator=generator)
+    variants, kept = np.array([0, 0, 1, 1, 0, 1, 0, 0, 2]), np.array([True] * 7 + [False] * 2)
+    chunks = [(np.arange(4), patches[:4]), (np.arange(4, 9), patches[4:])]
+    found = deviations(chunks, distances, kept, variants)
+    for variant in (0, 1):
+        own = variants == variant
+        part = deviations([(np.arange(own.sum()), patches[own])], distances[own], kept[own])
+        np.testing.assert_allclose(found[own], part, atol=1e-6)
+    everyone = deviations(chunks, distances, kept)
+    np.testing.assert_allclose(found[8], everyone[8], atol=1e-6)  # nothing of its own variant is kept

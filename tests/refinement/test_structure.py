@@ -4,16 +4,18 @@ import torch
 
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.refinement.structure import Structure, find_structure
+from anomalib_metarefine.refinement.structure import Structure, find_structure, folder_names, given_variants
 
 GRID, CHANNELS = (6, 6), 12
 PLACES = GRID[0] * GRID[1]
 
 
-def structure_of(embeddings: torch.Tensor, kind: str = "auto") -> Structure:
+def structure_of(embeddings: torch.Tensor, kind: str = "auto", labels: list[str] | None = None) -> Structure:
     store = FeatureStore()
     store.add([f"{i:03d}" for i in range(len(embeddings))], embeddings)
-    return find_structure(NearestImages(store, GRID, seed=0), tail=0.05, seed=0, kind=kind)
+    given = given_variants(labels) if labels else None
+    neighbours = NearestImages(store, GRID, seed=0, variants=given.numbers if given else None)
+    return find_structure(neighbours, tail=0.05, seed=0, kind=kind, given=given)
 
 
 def aligned(count: int, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
@@ -81,3 +83,42 @@ def test_few_images_say_nothing_and_the_user_may_know_better():
     assert structure_of(aligned(60), "unlike").kind == "unlike"
     with pytest.raises(ValueError, match="structure must be auto or one of"):
         structure_of(aligned(30), "odd")
+
+
+def lies_anywhere(count: int) -> torch.Tensor:
+    """Which other image has the part at the same place decides how unusual an image looks."""
+    generator = torch.Generator().manual_seed(0)
+    images = 2 * torch.randn(PLACES, CHANNELS, generator=generator).expand(count, -1, -1).clone()
+    images += 0.05 * torch.randn(images.shape, generator=generator)
+    images[range(count), torch.randint(PLACES, (count,), generator=generator)] = 8
+    return images
+
+
+def test_halves_are_compared_within_the_variants_that_are_given():
+    images = torch.cat([lies_anywhere(24), 20 * lies_anywhere(24)])  # of two products, one is the more varied
+    assert structure_of(images).reliability > 0.5
+    found = structure_of(images, labels=["a"] * 24 + ["b"] * 24)
+    assert found.kind == "anywhere"
+    assert found.describe().startswith("2 variants, as given: a (24 images), b (24 images). Parts that lie anywhere")
+
+
+def test_variants_are_named_by_what_differs_in_their_folders():
+    assert folder_names(["/data/a.png"]) == ["data"]
+    assert folder_names(["/data/x/a.png", "/data/b.png"]) == ["x", "."]
+    assert folder_names(["/d/x/good/a.png", "/d/y/good/a.png"]) == ["x/good", "y/good"]
+
+
+def test_each_variant_that_is_given_is_of_a_kind_of_its_own():
+    strangers = 9 + 3 * torch.randn(60, PLACES, CHANNELS, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([aligned(70), strangers, lies_anywhere(24) - 20, aligned(6) + 30])
+    labels = ["parts"] * 70 + ["prints"] * 60 + ["screws"] * 24 + ["few"] * 6
+    found = structure_of(images, labels=labels)
+    assert found.kinds == ("aligned", "unlike", "anywhere", "aligned")
+    assert found.comparable
+    assert np.flatnonzero(found.judged).tolist() == [*range(70), *range(154, 160)]
+    said = "No image of these is judged: prints: images that share too little, screws: parts that lie anywhere."
+    assert found.describe().endswith(said)
+    alone = structure_of(aligned(70))
+    assert structure_of(images, "aligned", labels).judged.all()
+    assert alone.judged.all()
+    assert not structure_of(strangers).judged.any()
