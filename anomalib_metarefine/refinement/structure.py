@@ -141,16 +141,19 @@ class Structure:
 
     def summary(self) -> dict[str, Any]:
         """For ``run.json``."""
-        reliability = round(self.reliability, 3) if np.isfinite(self.reliability) else None
         return {
             "kind": self.kind,
-            "layout": round(self.layout, 3),
-            "reliability": reliability,
+            **{name: _figure(value) for name, value in (("layout", self.layout), ("reliability", self.reliability))},
             "variants": np.bincount(self.variants).tolist(),
             "names": list(self.names),
             "kinds": list(self.kinds),
             "text": self.describe(),
         }
+
+
+def _figure(value: float) -> float | None:
+    """JSON has no NaN."""
+    return round(value, 3) if np.isfinite(value) else None
 
 
 def given_variants(labels: Sequence[str]) -> GivenVariants:
