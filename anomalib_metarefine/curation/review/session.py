@@ -14,10 +14,10 @@ import numpy as np
 from anomalib_metarefine.curation.decisions import DECISIONS_FILE, Answer, append, load
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
-from anomalib_metarefine.curation.review.order import Order, reorder
+from anomalib_metarefine.curation.review.order import kernel_features, reorder
 from anomalib_metarefine.curation.review.pages import PAGES_FILE, Entry, Page, append_page, read_pages
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE
-from anomalib_metarefine.curation.stopping import Look, Standing, standing
+from anomalib_metarefine.curation.stopping import Forecast, Look, Standing, forecast, standing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +72,8 @@ class Session:
             msg = f"{self.folder} has no image that can be read, so there is nothing to review."
             raise ValueError(msg)
         self.evidence = Evidence.load(self.folder / EVIDENCE_FILE) if (self.folder / EVIDENCE_FILE).exists() else None
-        self._features = _features(self.images, self.evidence)
+        self.features = _features(self.images, self.evidence)
+        self._kernel = None if self.features is None else kernel_features(self.features)
         self._scores = np.array([image.row["score"] for image in self.images])
         self.groups = _groups(self.images, self.evidence)
         self._index = {image.sha256: image.index for image in self.images}
@@ -81,7 +82,7 @@ class Session:
         self._lock = threading.RLock()
         self._seen: dict[str, float] = {}  # when each tab was heard of last: what it left goes to others after a while
         self._stamp: tuple[int, ...] = ()  # sizes of the two files when they were read
-        self._order: Order | None = None
+        self._order: tuple[np.ndarray, Forecast] | None = None
         self._refresh()
 
     @property
@@ -94,7 +95,7 @@ class Session:
         with self._lock:
             self._refresh()
             self._seen[client] = time.monotonic()
-            rest = [i for i in self._order_now().values.argsort(kind="stable")[::-1].tolist() if i not in self._shown]
+            rest = [i for i in self._order_now()[0].argsort(kind="stable")[::-1].tolist() if i not in self._shown]
             if not rest:
                 return self._again(client)
             audits = _AUDIT_LATER if self._is_quiet() else _AUDIT_AT_FIRST
@@ -151,18 +152,19 @@ class Session:
         """What was looked at and found, and what is left."""
         with self._lock:
             self._refresh()
-            return standing(self._looks(), len(self.images), self._order_now().about)
+            return standing(self._looks(), len(self.images), self._order_now()[1])
 
     def soon(self, count: int = PAGE_SIZE) -> list[int]:
         """Images that will likely be shown next, for a browser to load ahead."""
         with self._lock:
-            order = self._order_now().values.argsort(kind="stable")[::-1].tolist()
+            order = self._order_now()[0].argsort(kind="stable")[::-1].tolist()
             return [i for i in order if i not in self._shown][:count]
 
-    def _order_now(self) -> Order:
+    def _order_now(self) -> tuple[np.ndarray, Forecast]:
         if self._order is None:
             dirty = {i: decision == "reject" for i, decision in self.answers.items()}
-            self._order = reorder(self._scores, self._features, dirty)
+            values = reorder(self._scores, self._kernel, dirty)
+            self._order = values, forecast(values, dirty)
         return self._order
 
     def _looks(self) -> list[Look]:
