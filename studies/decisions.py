@@ -186,6 +186,7 @@ def _trained(group: pd.DataFrame) -> str:
 
 
 def refined(family: Family, drawn: np.ndarray, seed: int, **settings: object) -> Result:
+    """The engine on images of a family, by their rows."""
     store = FeatureStore(memory_limit_mb=4096)
     store.add([f"{row:05d}" for row in range(len(drawn))], family.embeddings[torch.from_numpy(drawn)])
     return refine((store, family.grid), seed, **settings)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 KEY = ["family", "images", "contamination", "seed"]
 _WRONG = 0.02  # of the answers
 _RECALL = 0.9
+_WAYS = ("looks", "looks_first_order", "looks_random")
 
 
 def curated(family: Family, images: int, contamination: float, seed: int, folder: Path) -> np.ndarray:
@@ -125,7 +126,7 @@ def summarise(rows: pd.DataFrame) -> str:
         ends = group[group.stop_looks < group.drawn]
         lines.append([
             str(name), str(len(group)),
-            *(f"{(group[column] / group.dirty).mean():.1f}" for column in ("looks", "looks_first_order", "looks_random")),
+            *(f"{(group[column] / group.dirty).mean():.1f}" for column in _WAYS),
             f"{(group.looks <= 1.5 * group.dirty + 15).mean():.0%}",
             f"{len(ends) / len(group):.0%}", f"{(group.stop_looks / group.drawn).mean():.0%}",
             f"{(ends.stop_recall >= _RECALL).mean():.0%}" if len(ends) else "",

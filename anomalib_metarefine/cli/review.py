@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.cli.command import Command, command_line, require
+from anomalib_metarefine.cli.command import Command, require
 from anomalib_metarefine.cli.curation import MANIFEST
 from anomalib_metarefine.cli.curation import review as table
 from anomalib_metarefine.cli.curation import review_arguments as table_arguments
@@ -36,7 +36,6 @@ def _review(options: argparse.Namespace) -> int:
         print(f"The review page needs {' and '.join(missing)}: pip install 'anomalib-metarefine[review]'.")
         print("Without it, here is a table to fill in.")
         return table(options)
-    from anomalib_metarefine.curation.decisions import DECISIONS_FILE
     from anomalib_metarefine.curation.review.server import serve
     from anomalib_metarefine.curation.review.session import Session
 
@@ -61,8 +60,10 @@ def _review(options: argparse.Namespace) -> int:
     print(f"Looked at {state.looked} of {state.total}, found {state.found}, at most {state.at_most} left (95 %).")
     print(state.reason)
     if state.looked:
-        print("To bring the manifest and the report up to date with the answers:")
-        print(f"  {command_line('metarefine', 'review', folder, '--decisions', folder / DECISIONS_FILE)}")
+        from anomalib_metarefine.curation.finish import apply_command
+
+        print("To bring manifest and report up to date with the answers, and to sort the images into a folder:")
+        print(f"  {apply_command(folder)[0]}")
     return 0
 
 

@@ -74,7 +74,12 @@ def read(path: str | Path) -> pd.DataFrame:
         ValueError: If columns are missing, a decision is not understood or contradicts another one without saying when,
             or if the file is a whole manifest, where nothing tells a person's decisions from the rule's.
     """
-    path = Path(path)
+    final = _final(Path(path))
+    return final.loc[final.decision != "review", ["sha256", "image_path", "decision"]].reset_index(drop=True)
+
+
+def _final(path: Path) -> pd.DataFrame:
+    """The last answer about each image, those taken back among them."""
     if not path.is_file():
         msg = f"There are no decisions at {path}. Expected a CSV file with image_path or sha256, and decision."
         raise FileNotFoundError(msg)
@@ -102,8 +107,7 @@ def read(path: str | Path) -> pd.DataFrame:
     if nameless.any():
         msg = f"{path} has {int(nameless.sum())} decisions with neither image_path nor sha256."
         raise ValueError(msg)
-    final = _last_answers(path, table)
-    return final.loc[final.decision != "review", ["sha256", "image_path", "decision"]].reset_index(drop=True)
+    return _last_answers(path, table)
 
 
 def _last_answers(path: Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -246,6 +250,15 @@ def load(folder: str | Path) -> dict[str, str]:
         msg = f"{path} has {len(nameless)} answers without sha256: {listing(nameless)}. "
         raise ValueError(msg + "Rename it, and pass it as --decisions, where the path is enough.")
     return dict(zip(table.sha256, table.decision, strict=True))
+
+
+def taken_back(folder: str | Path) -> set[str]:
+    """SHA-256 of the images whose last line in ``decisions.csv`` takes an answer back."""
+    path = Path(folder) / DECISIONS_FILE
+    if not path.is_file():
+        return set()
+    final = _final(path)
+    return set(final.sha256[final.decision == "review"])
 
 
 def _user() -> str:

@@ -19,11 +19,18 @@ _NOISE = 1.0  # ridge penalty: answers err, and look-alikes differ
 _LANDMARKS = 300  # images that all others are compared with: so thousands are ordered between two pages
 
 
-def kernel_features(features: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Rows whose inner products are the likeness ``exp(2 (cos - 1))`` of images, by the direction of their features.
+def directions(features: np.ndarray) -> np.ndarray:
+    """Centred rows of length one, ``[N x D]`` single precision; a row without any deviation stays zero."""
+    x = np.asarray(features, dtype=np.float32)
+    x = x - x.mean(0)
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
+
+
+def kernel_features(x: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Rows whose inner products are the likeness ``exp(2 (cos - 1))`` of images.
 
     Args:
-        features (np.ndarray): ``[N x D]``.
+        x (np.ndarray): ``[N x D]``, see `directions`.
         seed (int): Draws the landmarks, of which past 300 images the rows are the Nystroem approximation.
 
     Returns:
@@ -32,9 +39,6 @@ def kernel_features(features: np.ndarray, seed: int = 0) -> np.ndarray:
     References:
         Williams and Seeger, "Using the Nystroem method to speed up kernel machines", NeurIPS 2000.
     """
-    x = np.asarray(features, dtype=np.float32)
-    x = x - x.mean(0)
-    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
     landmarks = x[np.random.default_rng(seed).permutation(len(x))[:_LANDMARKS]]
     values, vectors = np.linalg.eigh(_likeness(landmarks, landmarks).astype(float))
     useful = values > 1e-6 * values[-1]

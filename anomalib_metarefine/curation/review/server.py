@@ -12,7 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image as Pillow
+from scipy.stats import rankdata
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -21,6 +23,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from anomalib_metarefine.curation.pictures import heat_layer, thumbnail
+from anomalib_metarefine.curation.run_folder import MANIFEST_FILE, REPORT_FILE
 from anomalib_metarefine.images.reading import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -145,6 +148,7 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
             "path": image.path,
             "copies": len(image.paths),
             "alike": len(session.undecided_alike(index)),
+            "variant": len(session.undecided_alike(index, "variant")),
             "map": pictures.has_map(index),
             "nearest": pictures.nearest[index],
             "quality": image.row["quality"],
@@ -157,22 +161,27 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
             return PlainTextResponse("Too much at once.\n", 413)
         try:
             return JSONResponse(await run_in_threadpool(act, request.path_params["what"], await request.json()))
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OSError) as error:
             return PlainTextResponse(f"Not understood: {error}\n", 400)
 
     def act(what: str, sent: dict[str, Any]) -> dict[str, Any]:
         client = str(sent["client"])[:64]
-        if what == "answer":
-            session.answer({int(i): str(decision) for i, decision in sent["decisions"].items()}, client)
-            return {"standing": session.standing()._asdict()}
-        if what == "alike":
-            return page_state(session.alike(client, int(sent["index"])))
-        if what == "page":
-            return page_state(session.page(int(sent["number"])) or session.next_page(client))
-        if what == "next":
-            return page_state(session.next_page(client))
-        msg = f"there is no {what}."
-        raise ValueError(msg)
+        acts: dict[str, Callable[[], dict[str, Any]]] = {
+            "answer": lambda: answered({int(i): str(decision) for i, decision in sent["decisions"].items()}, client),
+            "alike": lambda: page_state(session.alike(client, int(sent["index"]), str(sent["by"]))),
+            "chosen": lambda: page_state(
+                session.chosen(client, [session.images[int(i)].index for i in sent["images"]])
+            ),
+            "page": lambda: page_state(session.page(int(sent["number"])) or session.next_page(client)),
+            "next": lambda: page_state(session.next_page(client)),
+            "map": lambda: _map(session),
+            "finish": lambda: _finished(session),
+        }
+        return acts[what]()
+
+    def answered(decisions: dict[int, str], client: str) -> dict[str, Any]:
+        session.answer(decisions, client)
+        return {"standing": session.standing()._asdict()}
 
     def picture(request: Request) -> Response:
         index, kind = request.path_params["index"], request.path_params["kind"]
@@ -197,6 +206,31 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
     return Guard(Starlette(routes=[Mount(f"/{token}", routes=routes)]), hosts)
+
+
+def _map(session: Session) -> dict[str, Any]:
+    """Where each image lies, and what it may be coloured by; no places where the curation stored no features."""
+    plane = [] if session.plane is None else session.plane.round(4).tolist()
+    ranks = rankdata(np.nan_to_num(session.scores, nan=-np.inf)) / len(session.images)
+    decisions = [session.answers.get(image.index, "") for image in session.images]
+    return {
+        "places": plane,
+        "score": ranks.round(4).tolist(),
+        "decision": decisions,
+        "variant": np.nan_to_num(session.variants).astype(int).tolist(),
+        "names": [image.path for image in session.images],
+    }
+
+
+def _finished(session: Session) -> dict[str, Any]:
+    """Manifest and report brought up to date, and what to type next."""
+    from anomalib_metarefine.curation.finish import apply_command, finish, training_command
+
+    manifest = finish(session.folder)
+    command, target = apply_command(session.folder)
+    written = [str(session.folder.resolve() / name) for name in (MANIFEST_FILE, REPORT_FILE)]
+    commands = [command, training_command(manifest.counts, target)]
+    return {"verdict": manifest.verdict, "written": written, "commands": commands}
 
 
 def serve(
