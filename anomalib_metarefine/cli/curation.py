@@ -270,9 +270,9 @@ CURATION = {
     ),
     "apply": Command(
         "sort the images into keep, reject and review",
-        "Makes folders of links or copies, or lists of paths, after the answers of a review are taken over. With --mode "
-        "repair, what looks unusual in images that are not rejected is replaced by the same place of another image. "
-        "The originals are never touched. After an interruption it goes on where it stopped.",
+        "Makes folders of links or copies, or lists of paths, after the answers of a review are taken over. With "
+        "--mode repair, what looks unusual in images that are not rejected is replaced by the same place of another "
+        "image. The originals are never touched. After an interruption it goes on where it stopped.",
         _apply_arguments,
         _apply,
     ),

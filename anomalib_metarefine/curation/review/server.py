@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import secrets
-import socket
-import threading
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +36,6 @@ _FULL = 1 << 16
 _KEPT = 1000  # small pictures in memory, about 100 kB each
 _SHOWN_AS_IT_IS = {"PNG": {"L", "RGB", "RGBA", "P", "1"}, "JPEG": {"L", "RGB"}, "WEBP": {"RGB", "RGBA"}}
 _MOST_POSTED = 1 << 20  # bytes
-_LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -165,13 +160,11 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
             return PlainTextResponse(f"Not understood: {error}\n", 400)
 
     def act(what: str, sent: dict[str, Any]) -> dict[str, Any]:
-        client = str(sent["client"])[:64]
+        client, images = str(sent["client"])[:64], session.images
         acts: dict[str, Callable[[], dict[str, Any]]] = {
             "answer": lambda: answered({int(i): str(decision) for i, decision in sent["decisions"].items()}, client),
             "alike": lambda: page_state(session.alike(client, int(sent["index"]), str(sent["by"]))),
-            "chosen": lambda: page_state(
-                session.chosen(client, [session.images[int(i)].index for i in sent["images"]])
-            ),
+            "chosen": lambda: page_state(session.chosen(client, [images[int(i)].index for i in sent["images"]])),
             "page": lambda: page_state(session.page(int(sent["number"])) or session.next_page(client)),
             "next": lambda: page_state(session.next_page(client)),
             "map": lambda: _map(session),
@@ -231,43 +224,6 @@ def _finished(session: Session) -> dict[str, Any]:
     written = [str(session.folder.resolve() / name) for name in (MANIFEST_FILE, REPORT_FILE)]
     commands = [command, training_command(manifest.counts, target)]
     return {"verdict": manifest.verdict, "written": written, "commands": commands}
-
-
-def serve(
-    session: Session, host: str = "127.0.0.1", port: int = 0, opened: Callable[[str], None] | None = None
-) -> None:
-    """Serve until Ctrl-C.
-
-    Args:
-        session (Session): The review.
-        host (str): Address to listen on.
-        port (int): 0 takes a free one.
-        opened (Callable[[str], None] | None): Called with the page's address once it can be opened.
-
-    Raises:
-        OSError: If the port is taken.
-    """
-    import uvicorn
-
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    port = listener.getsockname()[1]
-    named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    token = secrets.token_urlsafe(16)
-    app = make_app(session, token, {f"{name}:{port}" for name in {*_LOCAL, named, *_names(host)}})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
-    if opened is not None:
-        threading.Timer(0.3, opened, [f"http://{named}:{port}/{token}/"]).start()
-    with suppress(KeyboardInterrupt):  # uvicorn has ended cleanly by then, and hands the signal on
-        server.run(sockets=[listener])
-
-
-def _names(host: str) -> set[str]:
-    """What others may call this machine by, if it listens to them."""
-    if host in (*_LOCAL, "::1"):
-        return set()
-    name = socket.gethostname()
-    found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
-    return {name, socket.getfqdn(), *(f"[{address}]" if ":" in address else address for address in found)}
 
 
 def _full(path: Path) -> Response:

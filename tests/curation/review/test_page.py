@@ -220,6 +220,42 @@ def test_odd_names_pictures_and_the_map(folder, serve, tab):
     assert not page.is_visible("#keys")
 
 
+def test_a_lasso_opens_images_and_space_leads_back(folder, serve, tab):
+    page = tab(serve(folder).address)
+    first = names(page)
+    page.keyboard.press("a")
+    until(page, "document.querySelector('#plane').width > 300")
+    box = page.locator("#plane").bounding_box()
+    left, top, right, bottom = box["x"] + 2, box["y"] + 2, box["x"] + box["width"] - 2, box["y"] + box["height"] - 2
+    page.mouse.move(left, top)
+    page.mouse.down()
+    for x, y in ((right, top), (right, bottom), (left, bottom)):
+        page.mouse.move(x, y, steps=4)
+    page.mouse.up()
+    until(page, "document.querySelectorAll('.card').length === 60")  # all were in it; a page holds 60
+    assert not page.is_visible("#all")
+    assert set(ODD) <= set(names(page))
+    page.keyboard.press(" ")
+    until(page, "document.querySelectorAll('.card').length === 12")
+    assert names(page) == first
+
+
+def test_finish_by_keyboard(folder, serve, tab):
+    page = tab(serve(folder).address)
+    page.keyboard.press("r")
+    settled(page, 1)
+    page.keyboard.press("e")
+    page.wait_for_selector("#commands:visible")
+    apply, train = page.inner_text("#commands").splitlines()
+    assert apply.startswith("metarefine apply ")
+    assert train.startswith("anomalib train --model MetaRefine ")
+    assert "A person has looked at 1, and found 1 dirty." in page.inner_text("#said")
+    assert ",user," in (folder / "manifest.csv").read_text(encoding="utf-8")
+    page.keyboard.press("Escape")
+    page.keyboard.press("k")
+    settled(page, 2)
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(420, "dark"), (1400, "light")])
 def test_nothing_runs_over_the_side_and_touch_works(folder, serve, tab, width, scheme):
     view = {"width": width, "height": 900}
