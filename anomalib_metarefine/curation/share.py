@@ -196,8 +196,11 @@ def _write_label_studio(rows: list[Row], _root: Path, path: Path) -> None:
 
 
 def _read_label_studio(path: Path) -> dict[str, str]:
-    found = {}
-    for task in _load(path):
+    found, tasks = {}, _load(path)
+    if not isinstance(tasks, list):
+        msg = "expected a list of tasks"
+        raise TypeError(msg)
+    for task in tasks:
         name = parse_qs(urlsplit(task["data"]["image"]).query)["d"][0]
         for annotation in task.get("annotations", []):  # the last one counts
             for result in annotation["result"]:

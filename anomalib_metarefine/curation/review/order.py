@@ -20,9 +20,9 @@ _LANDMARKS = 300  # images that all others are compared with: so thousands are o
 
 
 def directions(features: np.ndarray) -> np.ndarray:
-    """Centred rows of length one, ``[N x D]`` single precision; a row without any deviation stays zero."""
+    """Rows of length one about the median, ``[N x D]`` single precision; one without any deviation stays zero."""
     x = np.asarray(features, dtype=np.float32)
-    x = x - x.mean(0)
+    x = x - np.median(x, axis=0)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-6)
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import numpy as np
 from PIL import Image as Pillow
 from scipy.stats import rankdata
@@ -123,7 +124,8 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
         hosts (set[str]): Names with ports by which the server may be called.
     """
     pictures = Pictures(session)
-    templates = Jinja2Templates(_HERE)
+    # By itself it escapes names in *.html only.
+    templates = Jinja2Templates(env=jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True))
 
     def shown(request: Request) -> Response:
         context = {"source": session.manifest.run.get("source", str(session.root)), "folder": str(session.folder)}

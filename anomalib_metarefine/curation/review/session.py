@@ -27,7 +27,8 @@ PAGE_SIZE = 12
 _AUDIT_AT_FIRST, _AUDIT_LATER = 2, 6  # images of a page drawn at random, while dirty ones are found and once none are
 _AWAY = 600  # seconds without a sign of a tab
 _MOST_ALIKE = 60  # images on a page of look-alikes
-_ALIKE = 0.7  # cosine of what is unusual about two images
+_ALIKE = 0.5  # cosine of what is unusual about two images: 91 % of look-alikes are of a kind, dirty or clean, on six
+# real families; at 0.4, 84 %
 _QUIET_PAGES = 2  # without a dirty image in order, and the page's random share grows
 
 
