@@ -188,10 +188,12 @@ def _write_label_studio(rows: list[Row], _root: Path, path: Path) -> None:
             "from_name": "decision", "to_name": "image", "type": "choices", "value": {"choices": [row["decision"]]},
         }  # fmt: skip
         data = {"image": f"/data/local-files/?d={quote(row['image_path'])}", "score": _number(row["score"])}
+        task: dict[str, Any] = {"data": data}
         if row["decided_by"] == "user":
-            tasks.append({"data": data, "annotations": [{"result": [choice]}]})
-        else:
-            tasks.append({"data": data, "predictions": [{"result": [choice], "model_version": "metarefine"}]})
+            task["annotations"] = [{"result": [choice]}]
+        elif row["decision"] != "review":
+            task["predictions"] = [{"result": [choice], "model_version": "metarefine"}]
+        tasks.append(task)
     _dump(path, tasks)
 
 

@@ -23,6 +23,7 @@ DOUBT = 0.1  # of the forecast, at which one may stop
 _DIRTY_BEFORE, _CLEAN_BEFORE = 0.1, 1.0  # the bet before the first draw: most images that nobody looked at are clean
 _BASE, _SLOPE, _FLOOR = np.linspace(-9, 5, 15), np.geomspace(0.5, 8, 7), np.geomspace(1e-4, 0.1, 6)
 _STEPS = 300
+_FEWEST = 10  # answers from which on the number left is told
 _LAPSE = 0.01  # share of the images that a person takes for what they are not
 
 
@@ -45,7 +46,7 @@ class Standing(NamedTuple):
         total (int): Images in all.
         looked (int): Images with an answer.
         found (int): Dirty ones among them.
-        about (float | None): Dirty images left, best estimate; ``None`` before the first answer, which tells nothing.
+        about (float | None): Dirty images left, best estimate; ``None`` before ten answers, which tell next to nothing.
         at_most (int): Dirty images left, upper bound at the level 0.95, from the audit alone.
         audited (int): Images with an answer that were drawn at random.
         stop (bool): Whether at least the wanted share of the dirty images is found: at the level 0.95 by the audit, or
@@ -243,7 +244,7 @@ def standing(looks: Sequence[Look], total: int, ahead: Forecast, target: float =
         drawn = _first(lambda count: _enough(found, audit.left_at_most(count), target), total - looked)
         more = min(ahead.more or drawn, drawn)
         reason = f"Not yet. If the next {more} images are all clean, at least {share} of the dirty ones are found."
-    inside = float(min(max(ahead.about, 0.0), at_most)) if looked else None
+    inside = float(min(max(ahead.about, 0.0), at_most)) if looked >= min(_FEWEST, total) else None
     audited = sum(look.audit and look.dirty is not None for look in looks)
     return Standing(total, looked, found, inside, at_most, audited, more == 0, more, reason)
 

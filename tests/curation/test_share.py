@@ -104,5 +104,5 @@ def test_label_studio_accepts_the_tasks_and_the_view(manifest, tmp_path):
     view = LabelInterface(LABEL_STUDIO_VIEW)
     view.validate()
     for task in json.loads(write(manifest, tmp_path / "tasks.json", "label-studio").read_text(encoding="utf-8")):
-        for result in task.get("predictions", task.get("annotations")):
-            assert view.validate_prediction(result)
+        assert not task.get("predictions") or view.validate_prediction(task["predictions"][0])
+        assert not task.get("annotations") or view.validate_annotation(task["annotations"][0])

@@ -151,12 +151,13 @@ def test_says_how_many_clean_looks_are_missing(found):
     assert standing(looks, 200, UNSURE._replace(more=0)).stop
 
 
-def test_nothing_is_estimated_before_the_first_answer():
+def test_nothing_is_estimated_from_next_to_nothing():
     for looks in ([], [Look(False, None)] * 12):
         state = standing(looks, 100, Forecast(11, 0, 0))
         assert state.about is None
         assert not state.stop
-    assert standing([CLEAN], 100, UNSURE._replace(about=11)).about == 11
+    assert standing([CLEAN] * 9, 100, UNSURE).about is None
+    assert standing([CLEAN] * 10, 100, UNSURE._replace(about=11)).about == 11
 
 
 def test_the_estimate_stays_within_what_is_possible():

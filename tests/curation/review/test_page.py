@@ -148,7 +148,7 @@ def _paths(folder):
         return {row["sha256"]: row["image_path"] for row in csv.DictReader(file)}
 
 
-def test_what_is_left_is_not_told_before_anybody_has_looked(folder, serve, tab):
+def test_what_is_left_is_not_told_before_somebody_has_looked_at_a_few(folder, serve, tab):
     page = tab(serve(folder).address)
 
     def said():
@@ -157,6 +157,9 @@ def test_what_is_left_is_not_told_before_anybody_has_looked(folder, serve, tab):
     assert said() == "Looked at 0 of 300 · found 0 · left: not known yet"
     page.keyboard.press("k")
     settled(page, 1)
+    assert said().endswith("not known yet")
+    page.keyboard.press("g")
+    settled(page, 12)
     assert "· left about" in said()
 
 

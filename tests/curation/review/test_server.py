@@ -186,6 +186,15 @@ class TestSession:
         assert session.undecided_alike(small[1], "variant") == small
         assert session.undecided_alike(0, "variant") == [0]
 
+    def test_tomorrow_it_asks_only_about_what_is_new(self, tmp_path):
+        session = Session(curated(tmp_path, keep=8, reject=2, review=0), seed=0)
+        for page in iter(lambda: session.next_page("a"), None):
+            session.answer(dict.fromkeys(page.images, "keep"))
+        tomorrow = Session(curated(tmp_path, keep=11, reject=2, review=0), seed=0)
+        assert tomorrow.standing().looked == 10
+        asked = [tomorrow.images[i].path for i in tomorrow.next_page("b").images]
+        assert sorted(asked) == ["good/00008.png", "good/00009.png", "good/00010.png"]
+
     def test_random_images_become_more_once_nothing_dirty_comes(self, folder):
         session = Session(folder, seed=0)
         for _ in range(2):
