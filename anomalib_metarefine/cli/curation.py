@@ -122,9 +122,9 @@ def review_arguments(parser: argparse.ArgumentParser) -> None:
 def review(options: argparse.Namespace) -> int:
     """Take over a person's decisions from a table, or write one to fill in."""
     from anomalib_metarefine.curation.decisions import read
-    from anomalib_metarefine.curation.finish import finish
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.questions import template
+    from anomalib_metarefine.curation.review.finish import finish
     from anomalib_metarefine.images.tables import table_text
 
     manifest = Manifest.read(options.manifest)
@@ -169,8 +169,8 @@ def _apply(options: argparse.Namespace) -> int:
     require(options.manifest, MANIFEST)
     from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
     from anomalib_metarefine.curation.decisions import load
-    from anomalib_metarefine.curation.finish import finish, training_command
     from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.review.finish import finish, training_command
 
     if load(_folder(options.manifest)):  # answers since the manifest was written
         finish(_folder(options.manifest))

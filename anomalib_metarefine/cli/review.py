@@ -61,7 +61,7 @@ def _review(options: argparse.Namespace) -> int:
     print(f"Looked at {state.looked} of {state.total}, found {state.found}, at most {state.at_most} left (95 %).")
     print(state.reason)
     if state.looked:
-        from anomalib_metarefine.curation.finish import apply_command
+        from anomalib_metarefine.curation.review.finish import apply_command
 
         print("To bring manifest and report up to date with the answers, and to sort the images into a folder:")
         print(f"  {apply_command(folder)[0]}")
@@ -84,8 +84,8 @@ def _share(options: argparse.Namespace) -> int:
     require(options.manifest, MANIFEST)
     if options.source:
         require(options.file, f"what {options.source} has saved")
-    from anomalib_metarefine.curation.finish import finish
     from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.review.finish import finish
     from anomalib_metarefine.curation.share import LABEL_STUDIO_VIEW, read, write
 
     folder = options.manifest if options.manifest.is_dir() else options.manifest.parent

@@ -219,7 +219,7 @@ def _map(session: Session) -> dict[str, Any]:
 
 def _finished(session: Session) -> dict[str, Any]:
     """Manifest and report brought up to date, and what to type next."""
-    from anomalib_metarefine.curation.finish import apply_command, finish, training_command
+    from anomalib_metarefine.curation.review.finish import apply_command, finish, training_command
 
     manifest = finish(session.folder)
     command, target = apply_command(session.folder)

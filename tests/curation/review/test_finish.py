@@ -5,8 +5,9 @@ import pytest
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.curate import Curation
 from anomalib_metarefine.curation.decisions import Answer, append
-from anomalib_metarefine.curation.finish import apply_command, finish, training_command
 from anomalib_metarefine.curation.manifest import Manifest, file_sha256
+from anomalib_metarefine.curation.review.finish import apply_command, finish, training_command
+from anomalib_metarefine.curation.review.session import Session
 from tests.curation.made_up import make
 
 
@@ -36,6 +37,17 @@ def test_manifest_and_report_say_what_was_answered(folder):
     assert decision(folder, "good/00001.png") == ("reject", "user")
     assert decision(folder, "bad/00000.png") == ("keep", "user")
     assert "A person said reject" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_says_how_many_are_left_at_most(folder):
+    session = Session(folder, seed=0)
+    for page in (session.next_page("me"), session.next_page("me")):
+        session.answer({i: "reject" if "bad" in session.images[i].path else "keep" for i in page.images})
+    assert session.standing().looked == 13
+    assert "Among the others at most 0 are dirty (95 %)." in finish(folder).verdict
+    session.answer({3: ""})
+    finish(folder)
+    assert "Among the others at most 1 are dirty (95 %)." in (folder / "report.html").read_text().replace("\u00a0", " ")
 
 
 def test_an_answer_taken_back_leaves_the_image_for_review(folder):

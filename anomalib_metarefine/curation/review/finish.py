@@ -10,6 +10,7 @@ from anomalib_metarefine.curation.curate import Curation
 from anomalib_metarefine.curation.decisions import decide, load, remember, taken_back
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.review.session import Session
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, locked
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _WAIT_S = 10
 
 def finish(folder: str | Path, decisions: pd.DataFrame | None = None) -> Manifest:
     """Bring ``manifest.csv`` and ``report.html`` up to date with ``decisions.csv``, and with further decisions.
+
+    Both say from then on how many dirty images are left at most, as the review's audit has it.
 
     Args:
         folder (str | Path): Output folder of ``metarefine curate``.
@@ -46,7 +49,10 @@ def finish(folder: str | Path, decisions: pd.DataFrame | None = None) -> Manifes
         answers = load(folder)
         here = table[table.sha256.isin(answers)]  # earlier answers may be about images that have gone
         finished = decide(changed, here.assign(decision=here.sha256.map(answers)).drop_duplicates("sha256"))
-        if finished.table.equals(Manifest.read(folder).table):
+        state = Session(folder).standing()
+        finished.run["review"] = {"looked": state.looked, "found": state.found, "at_most": state.at_most}
+        before = Manifest.read(folder)
+        if finished.table.equals(before.table) and finished.run == before.run:
             return finished
         if (folder / EVIDENCE_FILE).is_file():
             Curation(finished, Evidence.load(folder / EVIDENCE_FILE)).write(folder)
