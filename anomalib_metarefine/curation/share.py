@@ -77,7 +77,7 @@ def read(manifest: Manifest, path: Path, tool: str) -> pd.DataFrame:
     """
     file = path / "labels.json" if tool == "fiftyone" and path.is_dir() else path
     try:
-        labels = TOOLS[tool].read(file)
+        labels = TOOLS[tool].read(file, manifest.root)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, Xml.ParseError) as error:
         msg = f"{file} can't be read as a file of {tool} ({type(error).__name__}: {error})."
         raise ValueError(msg) from error
@@ -134,7 +134,7 @@ def _write_coco(rows: list[Row], root: Path, path: Path) -> None:
     _dump(path, {"images": images, "annotations": annotations, "categories": categories})
 
 
-def _read_coco(path: Path) -> dict[str, str]:
+def _read_coco(path: Path, _root: Path) -> dict[str, str]:
     content = _load(path)
     names = {image["id"]: image["file_name"] for image in content["images"]}
     categories = {category["id"]: category["name"] for category in content["categories"]}
@@ -144,6 +144,13 @@ def _read_coco(path: Path) -> dict[str, str]:
 def _write_cvat(rows: list[Row], root: Path, path: Path) -> None:
     document = Xml.Element("annotations")
     Xml.SubElement(document, "version").text = "1.1"
+    labels = Xml.SubElement(Xml.SubElement(Xml.SubElement(document, "meta"), "task"), "labels")
+    for name in DECISIONS:
+        label = Xml.SubElement(labels, "label")
+        Xml.SubElement(label, "name").text = name
+        attribute = Xml.SubElement(Xml.SubElement(label, "attributes"), "attribute")
+        for key, value in {"name": "score", "mutable": "False", "input_type": "text"}.items():
+            Xml.SubElement(attribute, key).text = value
     for number, row in enumerate(rows):
         width, height = map(str, _size(root / row["image_path"]))
         image = Xml.SubElement(document, "image", id=str(number), name=row["image_path"], width=width, height=height)
@@ -154,29 +161,33 @@ def _write_cvat(rows: list[Row], root: Path, path: Path) -> None:
     Xml.ElementTree(document).write(path, encoding="utf-8", xml_declaration=True)
 
 
-def _read_cvat(path: Path) -> dict[str, str]:
+def _read_cvat(path: Path, _root: Path) -> dict[str, str]:
     images = Xml.parse(path).getroot().iter("image")
     return {image.attrib["name"]: tag.attrib["label"] for image in images for tag in image.iter("tag")}
 
 
 def _write_fiftyone(rows: list[Row], root: Path, path: Path) -> None:
+    # FiftyOne takes what follows the last dot of a key for an extension, and drops it: so keys are numbers.
+    keys = [f"{number:06d}" for number in range(len(rows))]
     labels = {
-        row["image_path"]: {
+        key: {
             "label": row["decision"],
             "attributes": {"score": _number(row["score"]), "decided_by": row["decided_by"]},
         }
-        for row in rows
+        for key, row in zip(keys, rows, strict=True)
     }
     _dump(path, {"classes": list(DECISIONS), "labels": labels})
-    _dump(path.with_name("data.json"), {row["image_path"]: str(root / row["image_path"]) for row in rows})
+    paths = {key: str(root / row["image_path"]) for key, row in zip(keys, rows, strict=True)}
+    _dump(path.with_name("data.json"), paths)
 
 
-def _read_fiftyone(path: Path) -> dict[str, str]:
+def _read_fiftyone(path: Path, root: Path) -> dict[str, str]:
     content = _load(path)
-    classes = content.get("classes")
-    found = {}
-    for name, target in content["labels"].items():
+    labels, classes = content["labels"], content.get("classes")
+    paths, found = _load(path.with_name("data.json")), {}
+    for key, target in labels.items():
         label = target["label"] if isinstance(target, dict) else target
+        name = Path(paths[key]).relative_to(root).as_posix()
         found[name] = classes[label] if isinstance(label, int) else label
     return found
 
@@ -197,7 +208,7 @@ def _write_label_studio(rows: list[Row], _root: Path, path: Path) -> None:
     _dump(path, tasks)
 
 
-def _read_label_studio(path: Path) -> dict[str, str]:
+def _read_label_studio(path: Path, _root: Path) -> dict[str, str]:
     found, tasks = {}, _load(path)
     if not isinstance(tasks, list):
         msg = "expected a list of tasks"
@@ -213,7 +224,7 @@ def _read_label_studio(path: Path) -> dict[str, str]:
 
 class _Tool(NamedTuple):
     write: Callable[[list[Row], Path, Path], None]
-    read: Callable[[Path], dict[str, str]]
+    read: Callable[[Path, Path], dict[str, str]]
 
 
 TOOLS = {

@@ -37,7 +37,7 @@ def test_all_images_go_there_and_nothing_unchanged_comes_back(manifest, tmp_path
     file = write(manifest, tmp_path / "shared", tool)
     rows = manifest.table.set_index("image_path")
     expected = {ODD_NAMES[1]: "keep"} if tool == "label-studio" else rows.decision.to_dict()
-    assert TOOLS[tool].read(file) == expected
+    assert TOOLS[tool].read(file, manifest.root) == expected
     back = read(manifest, tmp_path / "shared", tool)
     assert back.image_path.tolist() == ([ODD_NAMES[1]] if tool == "label-studio" else [])
     with pytest.raises(ValueError, match="may hold somebody's work"):
@@ -57,7 +57,9 @@ def relabelled(tool, file, name, label):
         category = next(c["id"] for c in content["categories"] if c["name"] == label)
         next(a for a in content["annotations"] if a["image_id"] == image)["category_id"] = category
     elif tool == "fiftyone":
-        content["labels"][name]["label"] = label
+        paths = json.loads(file.with_name("data.json").read_text(encoding="utf-8"))
+        key = next(key for key, path in paths.items() if path.endswith(name))
+        content["labels"][key]["label"] = label
     else:
         task = next(t for t in content if t.get("predictions") and name.split("/")[-1] in t["data"]["image"])
         task["annotations"] = [{"result": [task["predictions"][0]["result"][0] | {"value": {"choices": [label]}}]}]
