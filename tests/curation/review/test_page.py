@@ -243,7 +243,9 @@ def test_a_lasso_opens_images_and_space_leads_back(folder, serve, tab):
     assert names(page) == first
 
 
-def test_finish_by_keyboard(folder, serve, tab):
+def test_finish_by_keyboard(tmp_path, serve, tab):
+    folder = tmp_path / "out"
+    Curation(*make(tmp_path / "images", keep=20)).write(folder)
     page = tab(serve(folder).address)
     page.keyboard.press("r")
     settled(page, 1)
