@@ -77,7 +77,7 @@ def draw(family: Family, images: int, contamination: float, seed: int) -> Folder
 def examine(family: Family, folder: Folder, seed: int, **settings: object) -> dict[str, object]:
     """The row of a folder, without its key."""
     dirty = family.dirty[folder.drawn]
-    result = _refined(family, folder.drawn, seed, **settings)
+    result = refined(family, folder.drawn, seed, **settings)
     scores, rejected, structure = result.scales.scores, ~result.kept, result.structure
     row: dict[str, object] = {
         "kind": structure.kind,
@@ -97,8 +97,8 @@ def examine(family: Family, folder: Folder, seed: int, **settings: object) -> di
     labels = family.dirty[folder.test]
     trained = {"refined": result}
     if "rule" not in settings:
-        trained["raw"] = _refined(family, folder.drawn, seed, rounds=0)
-        trained["clean"] = _refined(family, folder.drawn[~dirty], seed, rounds=0)
+        trained["raw"] = refined(family, folder.drawn, seed, rounds=0)
+        trained["clean"] = refined(family, folder.drawn[~dirty], seed, rounds=0)
     for name in ("raw", "refined", "clean"):
         known = name in trained and 0 < labels.sum() < len(labels)
         row[f"AUROC_{name}"] = _auroc(trained[name], family, folder.test) if known else float("nan")
@@ -144,7 +144,7 @@ def run_mixed(
         folders[1] = Folder(*(rows + len(one.dirty) for rows in folders[1]))
         whole = Folder(*(np.concatenate(rows) for rows in zip(*folders, strict=True)))
         row = examine(both, whole, seed)
-        result = _refined(both, whole.drawn, seed)
+        result = refined(both, whole.drawn, seed)
         minority = whole.drawn >= len(one.dirty)
         good = minority & ~both.dirty[whole.drawn]
         row["minority_rejected"] = int((~result.kept & good).sum())
@@ -186,7 +186,8 @@ def _trained(group: pd.DataFrame) -> str:
     )
 
 
-def _refined(family: Family, drawn: np.ndarray, seed: int, **settings: object) -> Result:
+def refined(family: Family, drawn: np.ndarray, seed: int, **settings: object) -> Result:
+    """The engine on images of a family, by their rows."""
     store = FeatureStore(memory_limit_mb=4096)
     store.add([f"{row:05d}" for row in range(len(drawn))], family.embeddings[torch.from_numpy(drawn)])
     return refine((store, family.grid), seed, **settings)

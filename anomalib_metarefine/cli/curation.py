@@ -121,10 +121,10 @@ def review_arguments(parser: argparse.ArgumentParser) -> None:
 
 def review(options: argparse.Namespace) -> int:
     """Take over a person's decisions from a table, or write one to fill in."""
-    from anomalib_metarefine.curation.decisions import decide, read, remember
+    from anomalib_metarefine.curation.decisions import read
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.questions import template
-    from anomalib_metarefine.curation.run_folder import locked
+    from anomalib_metarefine.curation.review.finish import finish
     from anomalib_metarefine.images.tables import table_text
 
     manifest = Manifest.read(options.manifest)
@@ -136,17 +136,10 @@ def review(options: argparse.Namespace) -> int:
         raise ValueError(msg)
     if options.decisions:
         decisions = read(options.decisions)
-        with locked(folder):
-            manifest = decide(manifest, decisions)
-            remembered = remember(folder, manifest, decisions)
-            if (folder / "evidence.npz").is_file():
-                _write(folder, manifest)
-            else:
-                manifest.write(folder)
+        manifest = finish(folder, decisions)
         counts = decisions.decision.value_counts()
-        print(
-            f"Taken over: {counts.get('keep', 0)} keep, {counts.get('reject', 0)} reject; remembered in {remembered}."
-        )
+        taken = f"Taken over: {counts.get('keep', 0)} keep, {counts.get('reject', 0)} reject"
+        print(f"{taken}; remembered in {folder / 'decisions.csv'}.")
         print("To have the other images decided anew in their light: metarefine curate, into the same folder.")
     print(manifest.verdict)
     if not asks:
@@ -174,11 +167,14 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _apply(options: argparse.Namespace) -> int:
     require(options.manifest, MANIFEST)
-    from anomalib_metarefine.curation.manifest import Manifest
-
-    manifest = Manifest.read(options.manifest, options.root)
     from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
+    from anomalib_metarefine.curation.decisions import load
+    from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.review.finish import finish, training_command
 
+    if load(_folder(options.manifest)):  # answers since the manifest was written
+        finish(_folder(options.manifest))
+    manifest = Manifest.read(options.manifest, options.root)
     evidence = _evidence(_folder(options.manifest)) if options.mode == "repair" else None
     applied = apply(manifest, options.to, options.mode, options.review, progress=True, evidence=evidence)
     counts = ", ".join(f"{count} {name}" for name, count in applied.counts.items())
@@ -187,6 +183,9 @@ def _apply(options: argparse.Namespace) -> int:
         print(f"{applied.repaired} images were repaired: {options.to.resolve() / REPAIRS_FILE} says where.")
     if applied.left_out:
         print(f"Not copied, as they can't be read: {', '.join(applied.left_out)}")
+    if options.mode != "list":
+        print("To train on what is kept, and test on what is rejected:")
+        print(f"  {training_command(applied.counts, options.to.resolve())}")
     return 0
 
 
@@ -271,9 +270,9 @@ CURATION = {
     ),
     "apply": Command(
         "sort the images into keep, reject and review",
-        "Makes folders of links or copies, or lists of paths. With --mode repair, what looks unusual in images that "
-        "are not rejected is replaced by the same place of another image. The originals are never touched. After an "
-        "interruption it goes on where it stopped.",
+        "Makes folders of links or copies, or lists of paths, after the answers of a review are taken over. With "
+        "--mode repair, what looks unusual in images that are not rejected is replaced by the same place of another "
+        "image. The originals are never touched. After an interruption it goes on where it stopped.",
         _apply_arguments,
         _apply,
     ),

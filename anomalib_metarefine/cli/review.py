@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anomalib_metarefine.cli.command import Command, command_line, require
+from anomalib_metarefine.cli.command import Command, require
 from anomalib_metarefine.cli.curation import MANIFEST
 from anomalib_metarefine.cli.curation import review as table
 from anomalib_metarefine.cli.curation import review_arguments as table_arguments
@@ -36,8 +37,7 @@ def _review(options: argparse.Namespace) -> int:
         print(f"The review page needs {' and '.join(missing)}: pip install 'anomalib-metarefine[review]'.")
         print("Without it, here is a table to fill in.")
         return table(options)
-    from anomalib_metarefine.curation.decisions import DECISIONS_FILE
-    from anomalib_metarefine.curation.review.server import serve
+    from anomalib_metarefine.curation.review.serving import serve
     from anomalib_metarefine.curation.review.session import Session
 
     folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
@@ -61,12 +61,54 @@ def _review(options: argparse.Namespace) -> int:
     print(f"Looked at {state.looked} of {state.total}, found {state.found}, at most {state.at_most} left (95 %).")
     print(state.reason)
     if state.looked:
-        print("To bring the manifest and the report up to date with the answers:")
-        print(f"  {command_line('metarefine', 'review', folder, '--decisions', folder / DECISIONS_FILE)}")
+        from anomalib_metarefine.curation.review.finish import apply_command
+
+        print("To bring manifest and report up to date with the answers, and to sort the images into a folder:")
+        print(f"  {apply_command(folder)[0]}")
+    return 0
+
+
+_TOOLS = ["coco", "cvat", "fiftyone", "label-studio"]
+
+
+def _share_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
+    add("file", metavar="FILE", type=Path, help="to write or to read; a folder for fiftyone")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=_TOOLS, help="write decisions and scores for this tool")
+    way.add_argument("--from", dest="source", choices=_TOOLS, help="take over a person's decisions from this tool")
+
+
+def _share(options: argparse.Namespace) -> int:
+    require(options.manifest, MANIFEST)
+    if options.source:
+        require(options.file, f"what {options.source} has saved")
+    from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.curation.review.finish import finish
+    from anomalib_metarefine.curation.share import LABEL_STUDIO_VIEW, read, write
+
+    folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
+    if options.source:
+        decisions = read(Manifest.read(folder), options.file, options.source)
+        manifest = finish(folder, decisions)
+        print(f"{len(decisions)} answers taken over. {manifest.verdict}")
+        return 0
+    manifest = Manifest.read(folder)
+    print(write(manifest, options.file, options.to))
+    if options.to == "label-studio":
+        print(f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT must be {manifest.root}, and the labeling interface:")
+        print(f"  {LABEL_STUDIO_VIEW}")
     return 0
 
 
 REVIEW = {
+    "share": Command(
+        "decisions and scores to and from COCO, CVAT, FiftyOne and Label Studio",
+        "Writes all images with decision and score, or takes over what a person changed there.",
+        _share_arguments,
+        _share,
+    ),
     "review": Command(
         "look at the most suspicious images in a local web page, and know when to stop",
         "Opens a page on this machine: the most suspicious images first, chosen anew from every answer, and a few "
@@ -74,5 +116,5 @@ REVIEW = {
         "With --table, --budget or --out: a table to fill in; with --decisions, it is taken over.",
         _arguments,
         _review,
-    )
+    ),
 }

@@ -30,7 +30,7 @@ DECISIONS_FILE = "decisions.csv"
 
 # What people write, without dots and spaces (i.O. and n.i.O. are German for in and not in order). 0 and 1 as in
 # anomalib's labels: 1 is anomalous. "review" takes an earlier answer back, a blank cell is none.
-_MEANING = {
+MEANING = {
     **dict.fromkeys(("keep", "good", "ok", "clean", "normal", "io", "pass", "passed", "0"), "keep"),
     **dict.fromkeys(("reject", "bad", "ng", "nok", "notok", "nio", "fail", "failed", "1"), "reject"),
     **dict.fromkeys(("dirty", "defect", "defective", "anomalous"), "reject"),
@@ -66,7 +66,12 @@ def read(path: str | Path) -> pd.DataFrame:
         ValueError: If columns are missing, a decision is not understood or contradicts another one without saying when,
             or if the file is a whole manifest, where nothing tells a person's decisions from the rule's.
     """
-    path = Path(path)
+    final = _final(Path(path))
+    return final.loc[final.decision != "review", ["sha256", "image_path", "decision"]].reset_index(drop=True)
+
+
+def _final(path: Path) -> pd.DataFrame:
+    """The last answer about each image, those taken back among them."""
     if not path.is_file():
         msg = f"There are no decisions at {path}. Expected a CSV file with image_path or sha256, and decision."
         raise FileNotFoundError(msg)
@@ -80,7 +85,7 @@ def read(path: str | Path) -> pd.DataFrame:
     ours = tuple(table.columns) == Answer._fields
     table = table.reindex(columns=Answer._fields).fillna("").astype(str)
     words = table.decision.str.lower().str.replace(r"[\s.]", "", regex=True)
-    strange = ~words.isin([*_MEANING, ""])
+    strange = ~words.isin([*MEANING, ""])
     torn = strange & (table.when == "") & ours
     if torn.any():
         logger.warning("%s: %d lines were cut off while being written, and are left out.", path, torn.sum())
@@ -88,14 +93,13 @@ def read(path: str | Path) -> pd.DataFrame:
     if strange.any():
         rows = [f"{table.decision[row]!r} in row {row + 1}" for row in table.index[strange]]
         msg = f"{path} has decisions that are not understood: {listing(rows)}. "
-        raise ValueError(msg + f"Write one of {', '.join(_MEANING)}, or nothing.")
-    table = table.assign(decision=words.map(_MEANING), sha256=table.sha256.str.strip().str.lower())[words != ""]
+        raise ValueError(msg + f"Write one of {', '.join(MEANING)}, or nothing.")
+    table = table.assign(decision=words.map(MEANING), sha256=table.sha256.str.strip().str.lower())[words != ""]
     nameless = (table.sha256 == "") & (table.image_path == "")
     if nameless.any():
         msg = f"{path} has {int(nameless.sum())} decisions with neither image_path nor sha256."
         raise ValueError(msg)
-    final = _last_answers(path, table)
-    return final.loc[final.decision != "review", ["sha256", "image_path", "decision"]].reset_index(drop=True)
+    return _last_answers(path, table)
 
 
 def _last_answers(path: Path, table: pd.DataFrame) -> pd.DataFrame:
@@ -169,7 +173,7 @@ def append(folder: str | Path, answers: Iterable[Answer]) -> Path:
     """
     now = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "by": _user()}
     filled = [Answer(*(text or now.get(name, "") for name, text in answer._asdict().items())) for answer in answers]
-    wrong = [answer for answer in filled if answer.decision not in _MEANING.values() or not answer.sha256]
+    wrong = [answer for answer in filled if answer.decision not in MEANING.values() or not answer.sha256]
     if wrong:
         msg = f"An answer has a sha256, and keep, reject or review as its decision; found {wrong[0]}."
         raise ValueError(msg)
@@ -238,6 +242,15 @@ def load(folder: str | Path) -> dict[str, str]:
         msg = f"{path} has {len(nameless)} answers without sha256: {listing(nameless)}. "
         raise ValueError(msg + "Rename it, and pass it as --decisions, where the path is enough.")
     return dict(zip(table.sha256, table.decision, strict=True))
+
+
+def taken_back(folder: str | Path) -> set[str]:
+    """SHA-256 of the images whose last line in ``decisions.csv`` takes an answer back."""
+    path = Path(folder) / DECISIONS_FILE
+    if not path.is_file():
+        return set()
+    final = _final(path)
+    return set(final.sha256[final.decision == "review"])
 
 
 def _user() -> str:

@@ -42,8 +42,8 @@ class Evidence:
     # [U x H x W] mask of the patches of these regions
     unusual: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=bool))
     images: list[str] = field(default_factory=list)  # image_path of all N images with features
-    # [N x D] half precision, what is under the peak of each image's map; a review learns from it which images look
-    # alike where they are unusual
+    # [N x D] half precision, what is unusual about each image (`likeness.deviations`); a review learns from it which
+    # images look alike there
     features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float16))
 
     def save(self, path: Path) -> None:
@@ -113,15 +113,17 @@ def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> 
     limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
     patches = ~outside_regions(result.usual, grid, LEAST_REPAIRED).reshape(-1, *grid)
     spoilt = np.flatnonzero(patches.any((1, 2)))
-    under_peaks = _under_peaks(result.images, maps, np.arange(len(names)))
-    rest = ([names[i] for i in spoilt], patches[spoilt], list(names), under_peaks.astype(np.float16))
+    unusual = result.scales.deviations
+    if unusual.shape[1] == 0:  # images were not compared
+        unusual = _under_peaks(result.images, maps, np.arange(len(names)))
+    rest = ([names[i] for i in spoilt], patches[spoilt], list(names), unusual.astype(np.float16))
     if len(shown) == 0:
         return Evidence([], np.empty((0, *grid), np.float16), [], [], limits, *rest)
     return Evidence(
         [names[i] for i in shown],
         maps[torch.from_numpy(shown)].view(-1, *grid).half().numpy(),
         _nearest(result, names, shown),
-        _group(under_peaks[shown]),
+        _group(_under_peaks(result.images, maps, shown)),
         limits,
         *rest,
     )

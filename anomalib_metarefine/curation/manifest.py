@@ -150,6 +150,8 @@ class Manifest:
         if looked.any():
             dirty = int((looked & (self.table.decision == "reject")).sum())
             text = f"A person has looked at {looked.sum()}, and found {dirty} dirty."
+            if "review" in self.run:
+                text += f" Among the others at most {self.run['review']['at_most']} are dirty (95 %)."
         else:
             first = min(len(self.table), max(_FIRST_LOOK, self.counts["reject"] + self.counts["review"]))
             minutes = max(1, round(first * _SECONDS_A_LOOK / 60))

@@ -22,7 +22,7 @@ _FIRST = ["image_path", "sha256", "decision", "decided_by", "round", "reason"]
 _FIRST += ["score", "fence_distance", "q_value", "variant"]
 _ROUND = re.compile(r"score_round_(\d+)")
 _RUN_TYPES = {"root": str, "seed": int, "rounds": list, "settings": dict, "versions": dict, "data": dict, "files": dict}
-_RUN_TYPES |= {"structure": dict, "answers": int}
+_RUN_TYPES |= {"structure": dict, "answers": int, "review": dict}
 
 
 def require_inside(names: Iterable[str], what: str) -> None:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import hypergeom
+from scipy.stats import hypergeom, rankdata
 
-from anomalib_metarefine.curation.stopping import LEVEL, Look, left_at_most, recall_p_value, standing
+from anomalib_metarefine.curation.stopping import DOUBT, LEVEL, Forecast, Look, forecast, left_at_most, standing
 
+UNSURE = Forecast(about=1.0, doubt=0.9, more=50)
 CLEAN, DIRTY = Look(audit=True, dirty=False), Look(audit=True, dirty=True)
 
 
@@ -18,13 +19,13 @@ def exact(draws: int, pool: int) -> int:
 
 def review(rng, dirty, order, per_page=10, audits=2):
     """Pages of a review, with what had been looked at after each: pages from the order that learn from the answers."""
-    rest, looks, value = set(range(len(dirty))), [], order.copy()
+    rest, looks, value = set(range(len(dirty))), {}, order.copy()
     while rest:
         queue = sorted(rest, key=lambda i: -value[i])[:per_page]
         rest -= set(queue)
         drawn = rng.permutation(sorted(rest))[:audits].tolist()
         rest -= set(drawn)
-        looks += [Look(False, bool(dirty[i])) for i in queue] + [Look(True, bool(dirty[i])) for i in drawn]
+        looks |= {i: Look(i in drawn, bool(dirty[i])) for i in (*queue, *drawn)}
         for i in (*queue, *drawn):  # neighbours in the list are alike: the order depends on the audit's answers too
             value[max(i - 2, 0) : i + 3] += 1 if dirty[i] else -0.3
         yield looks
@@ -38,25 +39,28 @@ def test_the_bound_holds_after_every_page_of_95_percent_of_reviews(share, separa
     for _ in range(150):
         dirty = rng.random(80) < share
         order = rng.normal(size=80) + separation * dirty
-        pages = review(rng, dirty, order)
+        pages = (list(looks.values()) for looks in review(rng, dirty, order))
         broken += any(left_at_most(looks, 80) < dirty.sum() - sum(look.dirty for look in looks) for looks in pages)
     assert broken <= 150 * (1 - LEVEL) + 3 * np.sqrt(150 * LEVEL * (1 - LEVEL))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
-@pytest.mark.parametrize("separation", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("separation", [0.0, 3.0])
 def test_where_one_can_stop_nine_tenths_are_found(share, separation):
     rng = np.random.default_rng(1)
     recalls = []
-    for _ in range(60):
+    for _ in range(25):
         dirty = rng.random(150) < share
-        for looks in review(rng, dirty, rng.normal(size=150) + separation * dirty):
-            state = standing(looks, 150, about=0)
+        order = rng.normal(size=150) + separation * dirty
+        for looks in review(rng, dirty, order):
+            answers = {i: bool(dirty[i]) for i, look in looks.items()}
+            state = standing(list(looks.values()), 150, forecast(order, answers))
             if state.stop:
                 recalls.append(state.found / max(dirty.sum(), 1))
                 break
-    assert len(recalls) == 60
-    assert np.mean(np.array(recalls) >= 0.9) >= 0.9
+    assert len(recalls) == 25
+    likely = 1 - DOUBT
+    assert np.mean(np.array(recalls) >= 0.9) >= likely - 2 * np.sqrt(likely * DOUBT / 25)
 
 
 def test_is_nearly_the_exact_bound_while_all_draws_are_clean():
@@ -88,44 +92,77 @@ def test_what_has_no_answer_only_loosens_the_bound(looks, unseen):
         assert bound >= left_at_most(completed, total) + found_later
 
 
-@given(st.lists(st.booleans(), max_size=60), st.integers(0, 100))
-@settings(max_examples=150, deadline=None)
-def test_the_recall_test_is_a_probability_that_a_clean_image_never_raises(answers, unseen):
-    total = len(answers) + unseen + 1
-    p = recall_p_value(answers, total)
-    assert 0 <= p <= 1
-    assert recall_p_value([*answers, False], total) <= p + 1e-12
+def clear(count, dirty):
+    """Images of which the first ones in the order are dirty."""
+    return -np.arange(count, dtype=float), np.arange(count) < dirty
 
 
-def test_the_recall_test_by_hand():
-    # One found among 10: a recall of 0.9 is missed with one more among the 10, and 5 of these were looked at since.
-    assert recall_p_value([True] + [False] * 5, 11) == pytest.approx(0.5)
-    assert recall_p_value([], 10) == 1
-    assert recall_p_value([True, False], 2) == 0
+def told(dirty, count):
+    return {i: bool(dirty[i]) for i in range(count)}
+
+
+def test_a_clear_order_needs_few_looks_and_one_that_tells_nothing_needs_nearly_all():
+    values, dirty = clear(150, 15)
+    looks = next(count for count in range(150) if count and forecast(values, told(dirty, count)).doubt <= DOUBT)
+    assert 15 < looks < 75
+    rng = np.random.default_rng(0)
+    unlucky = rng.permutation(dirty)
+    looks = next(count for count in range(1, 151) if forecast(values, told(unlucky, count)).doubt <= DOUBT)
+    assert unlucky[:looks].sum() >= 0.9 * 15
+    assert looks > 100
+
+
+def test_a_defect_that_the_order_does_not_see_raises_the_forecast():
+    values, dirty = clear(150, 15)
+    answers = told(dirty, 50) | dict.fromkeys((70, 100, 120, 140), False)
+    assert forecast(values, answers | {100: True}).about > 2 * forecast(values, answers).about
+
+
+def test_more_clean_looks_lower_the_doubt_and_as_many_as_it_says_are_enough():
+    values, dirty = clear(400, 20)
+    state = forecast(values, told(dirty, 40))
+    assert state.doubt > DOUBT
+    assert forecast(values, told(dirty, 40 + state.more)).doubt <= DOUBT * 1.02  # in steps of two images
+    assert forecast(values, told(dirty, 40 + state.more - 3)).doubt > DOUBT
+
+
+@given(st.lists(st.booleans(), max_size=40), st.integers(0, 100), st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_the_forecast_is_possible_and_blind_to_the_scale_of_the_order(answers, unseen, random):
+    values = np.array([random.gauss(0, 1) for _ in range(len(answers) + unseen)])
+    asked = dict(enumerate(answers))
+    state = forecast(values, asked)
+    assert 0 <= state.doubt <= 1 + 1e-9
+    assert 0 <= state.about <= unseen
+    assert (state.more == 0) is (state.doubt <= DOUBT)
+    assert forecast(rankdata(values), asked) == state
 
 
 @pytest.mark.parametrize("found", [0, 3, 30])
 def test_says_how_many_clean_looks_are_missing(found):
     looks = [Look(False, True)] * found + [Look(False, False)] * 12 + [CLEAN] * 8
-    state = standing(looks, 200, about=1.0)
+    far = UNSURE._replace(more=500)
+    state = standing(looks, 200, far)
     assert not state.stop
     assert f"next {state.more} images are all clean" in state.reason
-    after = [standing([*looks, *[kind] * state.more], 200, 1.0).stop for kind in (CLEAN, Look(False, False))]
-    before = [standing([*looks, *[kind] * (state.more - 1)], 200, 1.0).stop for kind in (CLEAN, Look(False, False))]
-    assert any(after)
-    assert not any(before)
+    assert standing([*looks, *[CLEAN] * state.more], 200, far).stop
+    assert not standing([*looks, *[CLEAN] * (state.more - 1)], 200, far).stop
+    assert standing(looks, 200, UNSURE._replace(more=1)).more == 1
+    assert standing(looks, 200, UNSURE._replace(more=0)).stop
 
 
-def test_nothing_is_estimated_before_the_first_answer():
+def test_nothing_is_estimated_from_next_to_nothing():
     for looks in ([], [Look(False, None)] * 12):
-        assert standing(looks, 100, about=11).about is None
-    assert standing([CLEAN], 100, about=11).about == 11
+        state = standing(looks, 100, Forecast(11, 0, 0))
+        assert state.about is None
+        assert not state.stop
+    assert standing([CLEAN] * 9, 100, UNSURE).about is None
+    assert standing([CLEAN] * 10, 100, UNSURE._replace(about=11)).about == 11
 
 
 def test_the_estimate_stays_within_what_is_possible():
-    looks = [CLEAN] * 90
-    assert standing(looks, 100, about=50).about == standing(looks, 100, about=50).at_most == left_at_most(looks, 100)
-    assert standing(looks, 100, about=-1).about == 0
-    done = standing([*looks, *[DIRTY] * 10], 100, about=3)
+    looks, many = [CLEAN] * 90, UNSURE._replace(about=50)
+    assert standing(looks, 100, many).about == standing(looks, 100, many).at_most == left_at_most(looks, 100)
+    done = standing([*looks, *[DIRTY] * 10], 100, UNSURE)
     assert (done.stop, done.more, done.about, done.found) == (True, 0, 0, 10)
     assert done.reason == "Every image was looked at."

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-import secrets
-import socket
-import threading
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+import numpy as np
 from PIL import Image as Pillow
+from scipy.stats import rankdata
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -21,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from anomalib_metarefine.curation.pictures import heat_layer, thumbnail
+from anomalib_metarefine.curation.run_folder import MANIFEST_FILE, REPORT_FILE
 from anomalib_metarefine.images.reading import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ _FULL = 1 << 16
 _KEPT = 1000  # small pictures in memory, about 100 kB each
 _SHOWN_AS_IT_IS = {"PNG": {"L", "RGB", "RGBA", "P", "1"}, "JPEG": {"L", "RGB"}, "WEBP": {"RGB", "RGBA"}}
 _MOST_POSTED = 1 << 20  # bytes
-_LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -125,7 +124,8 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
         hosts (set[str]): Names with ports by which the server may be called.
     """
     pictures = Pictures(session)
-    templates = Jinja2Templates(_HERE)
+    # By itself it escapes names in *.html only.
+    templates = Jinja2Templates(env=jinja2.Environment(loader=jinja2.FileSystemLoader(_HERE), autoescape=True))
 
     def shown(request: Request) -> Response:
         context = {"source": session.manifest.run.get("source", str(session.root)), "folder": str(session.folder)}
@@ -145,6 +145,7 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
             "path": image.path,
             "copies": len(image.paths),
             "alike": len(session.undecided_alike(index)),
+            "variant": len(session.undecided_alike(index, "variant")),
             "map": pictures.has_map(index),
             "nearest": pictures.nearest[index],
             "quality": image.row["quality"],
@@ -157,22 +158,25 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
             return PlainTextResponse("Too much at once.\n", 413)
         try:
             return JSONResponse(await run_in_threadpool(act, request.path_params["what"], await request.json()))
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OSError) as error:
             return PlainTextResponse(f"Not understood: {error}\n", 400)
 
     def act(what: str, sent: dict[str, Any]) -> dict[str, Any]:
-        client = str(sent["client"])[:64]
-        if what == "answer":
-            session.answer({int(i): str(decision) for i, decision in sent["decisions"].items()}, client)
-            return {"standing": session.standing()._asdict()}
-        if what == "alike":
-            return page_state(session.alike(client, int(sent["index"])))
-        if what == "page":
-            return page_state(session.page(int(sent["number"])) or session.next_page(client))
-        if what == "next":
-            return page_state(session.next_page(client))
-        msg = f"there is no {what}."
-        raise ValueError(msg)
+        client, images = str(sent["client"])[:64], session.images
+        acts: dict[str, Callable[[], dict[str, Any]]] = {
+            "answer": lambda: answered({int(i): str(decision) for i, decision in sent["decisions"].items()}, client),
+            "alike": lambda: page_state(session.alike(client, int(sent["index"]), str(sent["by"]))),
+            "chosen": lambda: page_state(session.chosen(client, [images[int(i)].index for i in sent["images"]])),
+            "page": lambda: page_state(session.page(int(sent["number"])) or session.next_page(client)),
+            "next": lambda: page_state(session.next_page(client)),
+            "map": lambda: _map(session),
+            "finish": lambda: _finished(session),
+        }
+        return acts[what]()
+
+    def answered(decisions: dict[int, str], client: str) -> dict[str, Any]:
+        session.answer(decisions, client)
+        return {"standing": session.standing()._asdict()}
 
     def picture(request: Request) -> Response:
         index, kind = request.path_params["index"], request.path_params["kind"]
@@ -199,41 +203,29 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
     return Guard(Starlette(routes=[Mount(f"/{token}", routes=routes)]), hosts)
 
 
-def serve(
-    session: Session, host: str = "127.0.0.1", port: int = 0, opened: Callable[[str], None] | None = None
-) -> None:
-    """Serve until Ctrl-C.
-
-    Args:
-        session (Session): The review.
-        host (str): Address to listen on.
-        port (int): 0 takes a free one.
-        opened (Callable[[str], None] | None): Called with the page's address once it can be opened.
-
-    Raises:
-        OSError: If the port is taken.
-    """
-    import uvicorn
-
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    port = listener.getsockname()[1]
-    named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    token = secrets.token_urlsafe(16)
-    app = make_app(session, token, {f"{name}:{port}" for name in {*_LOCAL, named, *_names(host)}})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
-    if opened is not None:
-        threading.Timer(0.3, opened, [f"http://{named}:{port}/{token}/"]).start()
-    with suppress(KeyboardInterrupt):  # uvicorn has ended cleanly by then, and hands the signal on
-        server.run(sockets=[listener])
+def _map(session: Session) -> dict[str, Any]:
+    """Where each image lies, and what it may be coloured by; no places where the curation stored no features."""
+    plane = [] if session.plane is None else session.plane.round(4).tolist()
+    ranks = rankdata(np.nan_to_num(session.scores, nan=-np.inf)) / len(session.images)
+    decisions = [session.answers.get(image.index, "") for image in session.images]
+    return {
+        "places": plane,
+        "score": ranks.round(4).tolist(),
+        "decision": decisions,
+        "variant": np.nan_to_num(session.variants).astype(int).tolist(),
+        "names": [image.path for image in session.images],
+    }
 
 
-def _names(host: str) -> set[str]:
-    """What others may call this machine by, if it listens to them."""
-    if host in (*_LOCAL, "::1"):
-        return set()
-    name = socket.gethostname()
-    found = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
-    return {name, socket.getfqdn(), *(f"[{address}]" if ":" in address else address for address in found)}
+def _finished(session: Session) -> dict[str, Any]:
+    """Manifest and report brought up to date, and what to type next."""
+    from anomalib_metarefine.curation.review.finish import apply_command, finish, training_command
+
+    manifest = finish(session.folder)
+    command, target = apply_command(session.folder)
+    written = [str(session.folder.resolve() / name) for name in (MANIFEST_FILE, REPORT_FILE)]
+    commands = [command, training_command(manifest.counts, target)]
+    return {"verdict": manifest.verdict, "written": written, "commands": commands}
 
 
 def _full(path: Path) -> Response:

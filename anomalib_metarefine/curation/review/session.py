@@ -6,6 +6,7 @@ import hashlib
 import threading
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ import numpy as np
 from anomalib_metarefine.curation.decisions import DECISIONS_FILE, Answer, append, load
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
-from anomalib_metarefine.curation.review.order import Order, reorder
+from anomalib_metarefine.curation.review.order import directions, kernel_features, reorder
 from anomalib_metarefine.curation.review.pages import PAGES_FILE, Entry, Page, append_page, read_pages
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE
-from anomalib_metarefine.curation.stopping import Look, Standing, standing
+from anomalib_metarefine.curation.stopping import Forecast, Look, Standing, forecast, standing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,8 @@ PAGE_SIZE = 12
 _AUDIT_AT_FIRST, _AUDIT_LATER = 2, 6  # images of a page drawn at random, while dirty ones are found and once none are
 _AWAY = 600  # seconds without a sign of a tab
 _MOST_ALIKE = 60  # images on a page of look-alikes
+_ALIKE = 0.5  # cosine of what is unusual about two images: 91 % of look-alikes are of a kind, dirty or clean, on six
+# real families; at 0.4, 84 %
 _QUIET_PAGES = 2  # without a dirty image in order, and the page's random share grows
 
 
@@ -72,16 +75,19 @@ class Session:
             msg = f"{self.folder} has no image that can be read, so there is nothing to review."
             raise ValueError(msg)
         self.evidence = Evidence.load(self.folder / EVIDENCE_FILE) if (self.folder / EVIDENCE_FILE).exists() else None
-        self._features = _features(self.images, self.evidence)
-        self._scores = np.array([image.row["score"] for image in self.images])
-        self.groups = _groups(self.images, self.evidence)
+        features = _features(self.images, self.evidence)
+        self._directions = directions(np.zeros((len(self.images), 1)) if features is None else features)
+        self._kernel = None if features is None else kernel_features(self._directions)
+        self.scores = np.array([image.row["score"] for image in self.images])
+        self.twins = _twins(self.images)
+        self.variants = np.array([image.row["variant"] for image in self.images])
         self._index = {image.sha256: image.index for image in self.images}
         self._drawn_from = hashlib.sha256(" ".join(sorted(self._index)).encode()).hexdigest()
         self._random = np.random.default_rng(seed)
         self._lock = threading.RLock()
         self._seen: dict[str, float] = {}  # when each tab was heard of last: what it left goes to others after a while
         self._stamp: tuple[int, ...] = ()  # sizes of the two files when they were read
-        self._order: Order | None = None
+        self._order: tuple[np.ndarray, Forecast] | None = None
         self._refresh()
 
     @property
@@ -94,7 +100,7 @@ class Session:
         with self._lock:
             self._refresh()
             self._seen[client] = time.monotonic()
-            rest = [i for i in self._order_now().values.argsort(kind="stable")[::-1].tolist() if i not in self._shown]
+            rest = [i for i in self._order_now()[0].argsort(kind="stable")[::-1].tolist() if i not in self._shown]
             if not rest:
                 return self._again(client)
             audits = _AUDIT_LATER if self._is_quiet() else _AUDIT_AT_FIRST
@@ -109,18 +115,43 @@ class Session:
             self._refresh()
             return self._pages[number] if 0 <= number < len(self._pages) else None
 
-    def alike(self, client: str, index: int) -> Page | None:
+    def alike(self, client: str, index: int, by: str = "look") -> Page | None:
         """A page of the images that `undecided_alike` finds; ``None`` if there are none."""
+        return self.chosen(client, self.undecided_alike(index, by), "alike")
+
+    def chosen(self, client: str, images: Sequence[int], kind: str = "chosen") -> Page | None:
+        """A page of these images, at most 60 of them; ``None`` if there are none."""
         with self._lock:
             self._refresh()
             self._seen[client] = time.monotonic()
-            members = self.undecided_alike(index)
-            return self._log(client, members[:_MOST_ALIKE], [], "alike") if members else None
+            return self._log(client, images[:_MOST_ALIKE], [], kind) if len(images) else None
 
-    def undecided_alike(self, index: int) -> list[int]:
-        """Images without an answer in a group of this image, itself among them; empty if it stands alone."""
-        own = self.groups[index]
-        return [i for i, other in enumerate(self.groups) if own & other and i not in self.answers]
+    def undecided_alike(self, index: int, by: str = "look") -> list[int]:
+        """Images without an answer that are of one kind with this one, itself among them, the most alike first.
+
+        Args:
+            index (int): The image.
+            by (str): "look": unusual in the same way, or near duplicates. "variant": of the same variant; none where
+                that is the largest.
+        """
+        if by == "variant":
+            own = self.variants[index]
+            members = np.flatnonzero(self.variants == own) if own > 0 else np.array([index])
+        else:
+            near = self._directions @ self._directions[index]
+            near[list(self.twins[index])] = 1.0
+            near[index] = 2.0
+            members = np.argsort(-near, kind="stable")[: int((near >= _ALIKE).sum())]
+        return [i for i in members.tolist() if i not in self.answers]
+
+    @cached_property
+    def plane(self) -> np.ndarray | None:
+        """Place of each image on the map, ``[N x 2]`` in [0, 1]: principal components of what is unusual about it."""
+        if self._kernel is None:
+            return None
+        _, _, axes = np.linalg.svd(self._directions, full_matrices=False)
+        places = self._directions @ axes[:2].T
+        return (places - places.min(0)) / np.maximum(np.ptp(places, axis=0), 1e-9)
 
     def answer(self, decisions: dict[int, str], client: str = "") -> None:
         """Put answers on the disk. They hold for every copy of an image.
@@ -151,18 +182,19 @@ class Session:
         """What was looked at and found, and what is left."""
         with self._lock:
             self._refresh()
-            return standing(self._looks(), len(self.images), self._order_now().about)
+            return standing(self._looks(), len(self.images), self._order_now()[1])
 
     def soon(self, count: int = PAGE_SIZE) -> list[int]:
         """Images that will likely be shown next, for a browser to load ahead."""
         with self._lock:
-            order = self._order_now().values.argsort(kind="stable")[::-1].tolist()
+            order = self._order_now()[0].argsort(kind="stable")[::-1].tolist()
             return [i for i in order if i not in self._shown][:count]
 
-    def _order_now(self) -> Order:
+    def _order_now(self) -> tuple[np.ndarray, Forecast]:
         if self._order is None:
             dirty = {i: decision == "reject" for i, decision in self.answers.items()}
-            self._order = reorder(self._scores, self._features, dirty)
+            values = reorder(self.scores, self._kernel, dirty)
+            self._order = values, forecast(values, dirty)
         return self._order
 
     def _looks(self) -> list[Look]:
@@ -227,15 +259,17 @@ def _features(images: list[Image], evidence: Evidence | None) -> np.ndarray | No
     return evidence.features[[row_of[image.path] for image in images]].astype(np.float32)
 
 
-def _groups(images: list[Image], evidence: Evidence | None) -> list[set[str]]:
-    """Names of the groups that each image belongs to: a kind of defect, or its near duplicates."""
-    kinds = dict(zip(evidence.paths, evidence.groups, strict=True)) if evidence else {}
-    groups: list[set[str]] = []
-    for image in images:
-        own = {f"kind {kinds[image.path]}"} if kinds.get(image.path, -1) >= 0 else set()
-        twins = {part.split(" of ", 1)[1] for part in str(image.row["quality"]).split("; ") if " duplicate of " in part}
-        groups.append(own | {f"twin {name}" for name in twins} | {f"twin {image.path}"})
-    counts: dict[str, int] = {}
-    for name in (name for own in groups for name in own):
-        counts[name] = counts.get(name, 0) + 1
-    return [{name for name in own if counts[name] > 1} for own in groups]
+def _twins(images: list[Image]) -> list[set[int]]:
+    """Near duplicates of each image, itself among them: those that the search for duplicates named together."""
+    names = [
+        {
+            image.path,
+            *(part.split(" of ", 1)[1] for part in image.row["quality"].split("; ") if " duplicate of " in part),
+        }
+        for image in images
+    ]
+    members: dict[str, set[int]] = {}
+    for image, own in zip(images, names, strict=True):
+        for name in own:
+            members.setdefault(name, set()).add(image.index)
+    return [set().union(*(members[name] for name in own)) for own in names]

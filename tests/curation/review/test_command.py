@@ -25,7 +25,7 @@ def test_without_the_extra_there_is_a_table(folder, monkeypatch, capsys):
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
 def test_serves_this_machine_and_warns_of_more(folder, monkeypatch, capsys, host, warned):
     server = pytest.importorskip(
-        "anomalib_metarefine.curation.review.server", reason="The extra `review` is not installed."
+        "anomalib_metarefine.curation.review.serving", reason="The extra `review` is not installed."
     )
     called = []
     monkeypatch.setattr(server, "serve", lambda session, *where: called.append((len(session.images), *where[:2])))

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
-from anomalib_metarefine.curation.review.order import reorder
+from anomalib_metarefine.curation.review.order import directions, kernel_features, reorder
+from anomalib_metarefine.curation.stopping import forecast
 
 
 @pytest.fixture
@@ -21,42 +22,47 @@ def kinds():
 
 def test_without_answers_the_scores_rule(kinds):
     _, scores, features = kinds
+    kernel = kernel_features(directions(features))
     scores[3] = np.nan
     ranks = rankdata(np.nan_to_num(scores, nan=-np.inf))
-    assert (rankdata(reorder(scores, features, {}).values) == ranks).all()
-    assert (rankdata(reorder(scores, None, {1: True, 2: False}).values) == ranks).all()
+    assert (rankdata(reorder(scores, kernel, {})) == ranks).all()
+    assert (rankdata(reorder(scores, None, {1: True, 2: False})) == ranks).all()
 
 
 def test_look_alikes_of_a_dirty_image_come_next(kinds):
     kind, scores, features = kinds
-    values = reorder(scores, features, {i: bool(kind[i] == 0) for i in range(12)}).values
+    values = reorder(scores, kernel_features(directions(features)), {i: bool(kind[i] == 0) for i in range(12)})
     rest = np.arange(12, 60)
     before, after = (roc_auc_score(kind[rest] == 0, order[rest]) for order in (scores, values))
     assert before < 0.6
     assert after > 0.8
 
 
-def test_the_number_left_is_near_the_truth(kinds):
+def test_an_images_own_answer_does_not_move_it(kinds):
     kind, scores, features = kinds
-    answers = {i: bool(kind[i] == 0) for i in range(30)}
-    assert reorder(scores, features, answers).about == pytest.approx(10, abs=4)
-    assert reorder(scores, features, dict.fromkeys(range(30), False)).about == 0.5
-    assert reorder(scores, features, dict.fromkeys(range(60), False)).about == 0
+    kernel, answers = kernel_features(directions(features)), {i: bool(kind[i] == 0) for i in range(20)}
+    values = reorder(scores, kernel, answers)
+    for i in range(20):
+        others = {other: dirty for other, dirty in answers.items() if other != i}
+        assert values[i] == pytest.approx(reorder(scores, kernel, others)[i], abs=1e-3)
 
 
-def test_an_images_own_answer_does_not_tell_what_is_left():
+def test_the_kernel_is_exact_for_few_images_and_near_for_many():
     rng = np.random.default_rng(0)
-    features, scores = rng.normal(size=(200, 64)), rng.normal(size=200)
-    answers = {i: bool(i % 5 == 0) for i in range(100)}  # nothing tells: a fifth of the others is dirty too
-    assert reorder(scores, features, answers).about == pytest.approx(20, abs=8)
+    for count, error in ((200, 1e-4), (900, 0.02)):
+        features = rng.normal(size=(count, 8))
+        x = features - np.median(features, axis=0)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        rows = kernel_features(directions(features))
+        assert np.abs(rows @ rows.T - np.exp(2 * (x @ x.T - 1))).mean() < error
 
 
 def test_thousands_of_images_are_ordered_between_two_pages():
     rng = np.random.default_rng(0)
-    features, scores = rng.normal(size=(5000, 256)).astype(np.float16), rng.normal(size=5000)
+    kernel, scores = kernel_features(directions(rng.normal(size=(5000, 152)).astype(np.float16))), rng.normal(size=5000)
     answers = {i: bool(i % 9 == 0) for i in range(500)}
-    reorder(scores, features, answers)
+    forecast(reorder(scores, kernel, answers), answers)
     begin = time.perf_counter()
     for _ in range(3):
-        reorder(scores, features, answers)
+        forecast(reorder(scores, kernel, answers), answers)
     assert (time.perf_counter() - begin) / 3 < 0.5  # 0.05 s alone; the machine may be busy

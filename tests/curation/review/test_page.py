@@ -148,7 +148,7 @@ def _paths(folder):
         return {row["sha256"]: row["image_path"] for row in csv.DictReader(file)}
 
 
-def test_what_is_left_is_not_told_before_anybody_has_looked(folder, serve, tab):
+def test_what_is_left_is_not_told_before_somebody_has_looked_at_a_few(folder, serve, tab):
     page = tab(serve(folder).address)
 
     def said():
@@ -157,6 +157,9 @@ def test_what_is_left_is_not_told_before_anybody_has_looked(folder, serve, tab):
     assert said() == "Looked at 0 of 300 · found 0 · left: not known yet"
     page.keyboard.press("k")
     settled(page, 1)
+    assert said().endswith("not known yet")
+    page.keyboard.press("g")
+    settled(page, 12)
     assert "· left about" in said()
 
 
@@ -218,6 +221,44 @@ def test_odd_names_pictures_and_the_map(folder, serve, tab):
     assert page.is_visible("#keys")
     page.keyboard.press("Escape")
     assert not page.is_visible("#keys")
+
+
+def test_a_lasso_opens_images_and_space_leads_back(folder, serve, tab):
+    page = tab(serve(folder).address)
+    first = names(page)
+    page.keyboard.press("a")
+    until(page, "document.querySelector('#plane').width > 300")
+    box = page.locator("#plane").bounding_box()
+    left, top, right, bottom = box["x"] + 2, box["y"] + 2, box["x"] + box["width"] - 2, box["y"] + box["height"] - 2
+    page.mouse.move(left, top)
+    page.mouse.down()
+    for x, y in ((right, top), (right, bottom), (left, bottom)):
+        page.mouse.move(x, y, steps=4)
+    page.mouse.up()
+    until(page, "document.querySelectorAll('.card').length === 60")  # all were in it; a page holds 60
+    assert not page.is_visible("#all")
+    assert set(ODD) <= set(names(page))
+    page.keyboard.press(" ")
+    until(page, "document.querySelectorAll('.card').length === 12")
+    assert names(page) == first
+
+
+def test_finish_by_keyboard(tmp_path, serve, tab):
+    folder = tmp_path / "out"
+    Curation(*make(tmp_path / "images", keep=20)).write(folder)
+    page = tab(serve(folder).address)
+    page.keyboard.press("r")
+    settled(page, 1)
+    page.keyboard.press("e")
+    page.wait_for_selector("#commands:visible")
+    apply, train = page.inner_text("#commands").splitlines()
+    assert apply.startswith("metarefine apply ")
+    assert train.startswith("anomalib train --model MetaRefine ")
+    assert "A person has looked at 1, and found 1 dirty." in page.inner_text("#said")
+    assert ",user," in (folder / "manifest.csv").read_text(encoding="utf-8")
+    page.keyboard.press("Escape")
+    page.keyboard.press("k")
+    settled(page, 2)
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(420, "dark"), (1400, "light")])

@@ -1,7 +1,9 @@
 """The session and its server: what is on disk, who is let in, what a browser gets."""
 
 import asyncio
+import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pandas as pd
@@ -153,14 +155,45 @@ class TestSession:
         assert len((tmp_path / "out" / DECISIONS_FILE).read_text().splitlines()) == 4
         assert load(tmp_path / "out") == {"same": "reject"}
 
-    def test_a_group_is_shown_together(self, folder):
-        session = Session(folder, seed=0)
-        member = next(i for i, group in enumerate(session.groups) if group)
-        page = session.alike("a", member)
-        assert member in page.images
-        assert len(page.images) == 5
-        alone = next(i for i, group in enumerate(session.groups) if not group)
-        assert session.alike("a", alone) is None
+    def test_look_alikes_are_shown_together_the_nearest_first(self, tmp_path):
+        manifest, evidence = make(tmp_path / "images", keep=30, reject=6, review=0)
+        kind = np.zeros((36, 16))
+        kind[30:35, 0] = np.linspace(30, 20, 5)  # five rejected images are unusual in the same way
+        evidence = dataclasses.replace(evidence, features=(evidence.features + kind).astype(np.float16))
+        Curation(manifest, evidence).write(tmp_path / "out")
+        session = Session(tmp_path / "out", seed=0)
+        index = {image.path: image.index for image in session.images}
+        like = [index[name] for name in evidence.images[30:35]]
+        page = session.alike("a", like[2])
+        assert page.images[0] == like[2]
+        assert set(like) == set(page.images)
+        session.answer({like[0]: "reject"})
+        assert like[0] not in session.undecided_alike(like[2])
+        assert not set(like) & set(session.undecided_alike(index[evidence.images[3]]))
+
+    def test_near_duplicates_are_alike_whatever_their_features(self, tmp_path):
+        found = {"good/00001.png": "near duplicate of good/00000.png", "good/00003.png": "dark"}
+        session = Session(curated(tmp_path, keep=20, quality=found))
+        first, second = (next(i.index for i in session.images if i.path == f"good/0000{n}.png") for n in (0, 1))
+        assert session.undecided_alike(first) == [first, second]
+
+    def test_a_small_variant_is_a_group_and_the_largest_is_none(self, tmp_path):
+        manifest, evidence = make(tmp_path / "images", keep=20, reject=2, review=0)
+        manifest.table.loc[3:7, "variant"] = 1
+        Curation(manifest, evidence).write(tmp_path / "out")
+        session = Session(tmp_path / "out")
+        small = [image.index for image in session.images if image.row["variant"] == 1]
+        assert session.undecided_alike(small[1], "variant") == small
+        assert session.undecided_alike(0, "variant") == [0]
+
+    def test_tomorrow_it_asks_only_about_what_is_new(self, tmp_path):
+        session = Session(curated(tmp_path, keep=8, reject=2, review=0), seed=0)
+        for page in iter(lambda: session.next_page("a"), None):
+            session.answer(dict.fromkeys(page.images, "keep"))
+        tomorrow = Session(curated(tmp_path, keep=11, reject=2, review=0), seed=0)
+        assert tomorrow.standing().looked == 10
+        asked = [tomorrow.images[i].path for i in tomorrow.next_page("b").images]
+        assert sorted(asked) == ["good/00008.png", "good/00009.png", "good/00010.png"]
 
     def test_random_images_become_more_once_nothing_dirty_comes(self, folder):
         session = Session(folder, seed=0)
@@ -214,18 +247,57 @@ class TestServer:
         again = json.loads(call(app, "/secret/do/page", {"client": "a", "number": 0})[2])
         assert again["page"]["cards"][0]["decision"] == "reject"
 
+    def test_a_lasso_opens_what_it_holds_answered_or_not(self, app, folder):
+        places = json.loads(call(app, "/secret/do/map", {"client": "a"})[2])
+        assert len(places["places"]) == len(places["names"]) == 50
+        assert np.ptp(places["places"], axis=0).tolist() == [1, 1]
+        call(app, "/secret/do/answer", {"client": "a", "decisions": {"7": "keep"}})
+        page = json.loads(call(app, "/secret/do/chosen", {"client": "a", "images": [7, 3, 40]})[2])["page"]
+        assert [(card["index"], card["decision"]) for card in page["cards"]] == [(7, "keep"), (3, ""), (40, "")]
+        assert json.loads(call(app, "/secret/do/map", {"client": "a"})[2])["decision"][7] == "keep"
+
+    def test_a_curation_without_features_has_no_map_and_says_so(self, tmp_path):
+        manifest, evidence = make(tmp_path / "images")
+        Curation(manifest, dataclasses.replace(evidence, images=[], features=np.zeros((0, 0)))).write(tmp_path / "out")
+        app = make_app(Session(tmp_path / "out"), "t", {HOST})
+        assert json.loads(call(app, "/t/do/map", {"client": "a"})[2])["places"] == []
+        assert json.loads(call(app, "/t/do/next", {"client": "a"})[2])["page"]["cards"]
+
+    def test_finish_brings_everything_up_to_date(self, app, folder):
+        name = Session(folder).images[3].path
+        call(app, "/secret/do/answer", {"client": "a", "decisions": {"3": "reject"}})
+        said = json.loads(call(app, "/secret/do/finish", {"client": "a"})[2])
+        row = Manifest.read(folder).table.set_index("image_path").loc[name]
+        assert (row.decision, row.decided_by) == ("reject", "user")
+        assert said["verdict"] == Manifest.read(folder).verdict
+        apply, train = map(shlex.split, said["commands"])
+        assert apply == [
+            "metarefine",
+            "apply",
+            str(folder.resolve()),
+            *["--to", str(folder.resolve().with_name("out-clean")), "--review", "keep"],
+        ]
+        assert train[:4] == ["anomalib", "train", "--model", "MetaRefine"]
+        assert apply[4] in train
+
     @pytest.mark.parametrize(
         ("what", "body"),
-        [("next", {}), ("answer", {"client": "a", "decisions": {"999": "keep"}}), ("delete", {"client": "a"})],
+        [
+            ("chosen", {"client": "a", "images": [999]}),
+            ("next", {}),
+            ("answer", {"client": "a", "decisions": {"999": "keep"}}),
+            ("delete", {"client": "a"}),
+        ],
     )
     def test_nonsense_is_refused(self, app, what, body):
         assert call(app, f"/secret/do/{what}", body)[0] == 400
 
-    def test_every_page_says_what_it_may_load(self, app):
-        headers = call(app, "/secret/")[1]
+    def test_every_page_says_what_it_may_load_and_names_hold_no_markup(self, app):
+        _, headers, body = call(app, "/secret/")
+        assert b"<title>Review: line &lt;7&gt;</title>" in body
         assert headers["content-security-policy"].startswith("default-src 'none'")
         assert headers["referrer-policy"] == "no-referrer"
-        for name in ("review.js", "review.css"):
+        for name in ("review.js", "plane.js", "review.css"):
             status, _, body = call(app, f"/secret/static/{name}")
             assert status == 200
             assert b"//cdn" not in body

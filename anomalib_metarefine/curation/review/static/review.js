@@ -62,7 +62,9 @@
     const actions = make("div", { className: "actions" },
       make("button", { type: "button", data: { do: "keep" } }, "Keep ", make("kbd", { textContent: "K" })),
       make("button", { type: "button", data: { do: "reject" } }, "Reject ", make("kbd", { textContent: "R" })));
-    if (card.alike > 1) actions.append(make("button", { type: "button", data: { do: "alike" }, title: "Show them together" }, `${card.alike} alike `, make("kbd", { textContent: "L" })));
+    for (const [name, key, count, text] of [["alike", "L", card.alike, "alike"], ["variant", "V", card.variant, "of this variant"]]) {
+      if (count > 1) actions.append(make("button", { type: "button", data: { do: name }, title: "Show them together" }, `${count} ${text} `, make("kbd", { textContent: key })));
+    }
     beside.append(make("p", { className: "name", textContent: card.path, title: card.path }),
       make("p", { className: "facts", textContent: facts.filter(Boolean).join(" · ") }));
     const pictures = make("div", { className: "pictures" }, picture(card, "small", card.path, card.map), beside);
@@ -101,7 +103,7 @@
     page = state.page;
     $("end").hidden = page !== null;
     $("title").hidden = !page || page.kind === "order";
-    $("title").textContent = page?.kind === "alike" ? "Images alike: G keeps all of them, B rejects all of them" : "Left undecided before";
+    $("title").textContent = { alike: "Images of one kind: G keeps all of them, B rejects all of them", chosen: "Images from the map" }[page?.kind] ?? "Left undecided before";
     grid.replaceChildren(...(page ? page.cards.map(drawn) : []));
     for (const button of document.querySelectorAll("footer button:not([data-do=undo])")) button.disabled = !page;
     history.replaceState(null, "", page ? `#${page.number}` : "#");
@@ -153,12 +155,31 @@
     focus(grid.querySelector(`[data-index="${last.items[0][0]}"]`));
   }
 
-  async function alike(item) {
-    if (!item?.querySelector("[data-do=alike]")) return;
-    const state = await post("alike", { index: Number(item.dataset.index) });
+  async function aside(what, body) {
+    const state = await post(what, body);
     if (!state.page) return; // somebody else has decided them
-    asides.push(page.number);
+    if (page) asides.push(page.number);
     show(state);
+  }
+
+  async function alike(item, by) {
+    if (item?.querySelector(`[data-do=${by === "look" ? "alike" : "variant"}]`)) await aside("alike", { index: Number(item.dataset.index), by });
+  }
+
+  async function finish() {
+    const state = await post("finish", {});
+    $("said").textContent = state.verdict;
+    $("written").textContent = state.written.join(", ");
+    $("commands").textContent = state.commands.join("\n");
+    $("done").showModal();
+  }
+
+  async function all() {
+    $("all").showModal();
+    window.plane.draw(await post("map", {}), (images) => {
+      $("all").close();
+      chain = chain.then(() => aside("chosen", { images }));
+    });
   }
 
   function full(item) {
@@ -191,12 +212,13 @@
   }
 
   const acts = {
-    keep: (item) => decide(item, "keep"), reject: (item) => decide(item, "reject"), undo, next, alike, full, map: maps,
+    keep: (item) => decide(item, "keep"), reject: (item) => decide(item, "reject"), undo, next, full, map: maps,
+    alike: (item) => alike(item, "look"), variant: (item) => alike(item, "variant"), all, finish,
     good: () => rest("keep"), bad: () => rest("reject"), help: () => $("keys").showModal(),
     close: () => document.querySelector("dialog[open]")?.close(),
   };
   const keys = {
-    k: "keep", r: "reject", u: "undo", backspace: "undo", " ": "next", g: "good", b: "bad", l: "alike", f: "full", m: "map", "?": "help",
+    k: "keep", r: "reject", u: "undo", backspace: "undo", " ": "next", g: "good", b: "bad", l: "alike", v: "variant", a: "all", e: "finish", f: "full", m: "map", "?": "help",
   };
   const steps = { arrowleft: -1, arrowright: 1, arrowup: -2, arrowdown: 2 };
   const act = (name, item) => { chain = chain.then(() => acts[name](item ?? current())); };

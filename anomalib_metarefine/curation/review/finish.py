@@ -1,0 +1,84 @@
+"""The end of a review: manifest and report say what a person answered, and what to type to train on what is left."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anomalib_metarefine.curation.curate import Curation
+from anomalib_metarefine.curation.decisions import decide, load, remember, taken_back
+from anomalib_metarefine.curation.evidence import Evidence
+from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.review.session import Session
+from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, locked
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import pandas as pd
+
+_WAIT_S = 10
+
+
+def finish(folder: str | Path, decisions: pd.DataFrame | None = None) -> Manifest:
+    """Bring ``manifest.csv`` and ``report.html`` up to date with ``decisions.csv``, and with further decisions.
+
+    Both say from then on how many dirty images are left at most, as the review's audit has it.
+
+    Args:
+        folder (str | Path): Output folder of ``metarefine curate``.
+        decisions (pd.DataFrame | None): Of a person, as `decisions.read` gives them; remembered in ``decisions.csv``.
+
+    Returns:
+        Manifest: As it is written now.
+
+    Raises:
+        FileNotFoundError: If the folder has no manifest.
+        ValueError: If a decision can't be carried out; then nothing has changed.
+    """
+    folder = Path(folder)
+    with locked(folder, _WAIT_S):
+        manifest = Manifest.read(folder)
+        changed = manifest if decisions is None else decide(manifest, decisions)
+        if decisions is not None:
+            remember(folder, manifest, decisions)
+        table = changed.table
+        back = (table.decided_by == "user") & table.sha256.isin(taken_back(folder))
+        table.loc[back, ["decision", "decided_by", "reason"]] = "review", "rule", "A person took an answer back."
+        answers = load(folder)
+        here = table[table.sha256.isin(answers)]  # earlier answers may be about images that have gone
+        finished = decide(changed, here.assign(decision=here.sha256.map(answers)).drop_duplicates("sha256"))
+        state = Session(folder).standing()
+        finished.run["review"] = {"looked": state.looked, "found": state.found, "at_most": state.at_most}
+        before = Manifest.read(folder)
+        if finished.table.equals(before.table) and finished.run == before.run:
+            return finished
+        if (folder / EVIDENCE_FILE).is_file():
+            Curation(finished, Evidence.load(folder / EVIDENCE_FILE)).write(folder)
+        else:
+            finished.write(folder)
+    return finished
+
+
+def apply_command(folder: Path) -> tuple[str, Path]:
+    """What sorts the images into a folder beside the curation's own, and that folder; it does not exist yet."""
+    folder = folder.resolve()
+    name = f"{folder.name.removesuffix('-curation')}-clean"
+    target, number = folder.with_name(name), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{name}-{number}")
+    return shlex.join(["metarefine", "apply", str(folder), "--to", str(target), "--review", "keep"]), target
+
+
+def training_command(counts: Mapping[str, int], applied: Path) -> str:
+    """What trains MetaRefine on the kept images of a folder that `apply` wrote, and tests on the rejected ones.
+
+    Args:
+        counts (Mapping[str, int]): Images by decision.
+        applied (Path): The folder.
+    """
+    test = ["--data.abnormal_dir", "reject"] if counts["reject"] else ["--data.test_split_mode", "synthetic"]
+    data = ["--data", "Folder", "--data.name", applied.name, "--data.root", str(applied), "--data.normal_dir", "keep"]
+    return shlex.join(["anomalib", "train", "--model", "MetaRefine", *data, *test, "--data.val_split_mode", "none"])
