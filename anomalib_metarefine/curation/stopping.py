@@ -43,8 +43,8 @@ class Standing(NamedTuple):
     about: float | None  # dirty images left, best estimate; None before ten answers, which tell next to nothing
     at_most: int  # dirty images left, upper bound at the level 0.95, from the audit alone
     audited: int  # images with an answer that were drawn at random
-    # whether the wanted share of the dirty images is found: at the level 0.95 by the audit, or with a probability of 0.9
-    # by the forecast
+    # whether the wanted share of the dirty images is found: at the level 0.95 by the audit, or with a probability of
+    # 0.9 by the forecast
     stop: bool
     more: int  # looks until one can stop if all of them are clean; 0 where one can
     reason: str  # why one can stop, or can't yet, in a sentence

@@ -199,18 +199,19 @@ class TestDatamodule:
         assert len(set_up_without_validation(theirs).train_data) == 24
         assert len(theirs.train_data) == 12
 
-    def test_a_datamodule_in_a_datamodule_as_anomalib_train_reads_it(self, parts, tmp_path):
-        inner = {"class_path": "Folder", "init_args": {"name": "x", "root": str(parts), "normal_dir": "."}}
+    def test_a_datamodule_in_a_datamodule_as_anomalib_train_reads_it(self, tmp_path):
+        inner = {"class_path": "anomalib_metarefine.ELPV", "init_args": {"train_images": 20}}
         config = {
             "class_path": "anomalib_metarefine.Contaminated",
-            "init_args": {"datamodule": inner, "contamination": 0.2, "protocol": "add", "defects": "rotation"},
+            "init_args": {"datamodule": inner, "contamination": 0.2, "protocol": "add"},
         }
         (tmp_path / "dirty.yaml").write_text(yaml.safe_dump(config))
         found = load_datamodule(tmp_path / "dirty.yaml")
         assert type(found).__name__ == "Contaminated"
-        assert found.contamination == 0.2
+        assert (found.contamination, found.protocol) == (0.2, "add")
         source = read_source(tmp_path / "dirty.yaml")
-        assert all(path.is_file() for path in source.paths)  # the made-up ones, too, lie there
+        assert len(source.paths) == 25  # 20 good ones, and a fifth of the whole
+        assert all(path.is_file() for path in source.paths)
 
     @pytest.mark.parametrize(
         ("text", "message"),
