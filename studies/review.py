@@ -30,6 +30,7 @@ from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.session import Session
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, MANIFEST_FILE, RUN_FILE
 from studies.common import add_grid, finished, markdown, record
+from studies.data_sets import parse_data_set
 from studies.decisions import draw, load, looks, refined
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=int, nargs="+", default=[60, 150, 300], help="sizes of the folders drawn")
     add("--summary", action="store_true", help="print the table of the rows that are there")
     options = parser.parse_args(argv)
-    families = [DataSet.parse(text) for text in options.data]
+    families = [parse_data_set(text) for text in options.data]
     grid = (options.images, options.contamination, options.seeds)
     record(run(finished(options.out, KEY), families, options.features, options.curations, *grid), options.out)
     if options.summary:

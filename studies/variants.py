@@ -25,6 +25,7 @@ from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.refinement.fitting import image_scores
 from studies.common import add_grid, finished, markdown, record, refine, spread
+from studies.data_sets import parse_data_set
 from studies.decisions import Family, Folder, draw, load
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--summary", action="store_true", help="print the table of the rows that are there")
     options = parser.parse_args(argv)
     grid = (options.contamination, options.seeds, ["folders" if options.given else "auto"], options.start)
-    data = [DataSet.parse(text) for text in options.data]
+    data = [parse_data_set(text) for text in options.data]
     done = finished(options.out, KEY)
     record(run(done, data, options.features, options.mix, grid, rounds=not options.no_rounds), options.out)
     if options.summary:
