@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser)
     try:
         return run(parser.parse_args(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"metarefine-watch: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -65,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits = ("LOW", "HIGH")
     add("--dynamic-threshold", type=float, nargs=2, metavar=limits, help="raw scores the threshold may move between")
     add("--remember", type=int, default=1_000_000, metavar="N", help="images to know again; more than the folder holds")
+    add("--webhook", metavar="URL", help="post the lines there, too, as JSON arrays")
+    add("--mqtt", metavar="HOST:PORT/TOPIC", help="publish the lines there, too (package paho-mqtt)")
+    add("--metrics", type=int, metavar="PORT", help="figures for Prometheus, on 127.0.0.1 (package prometheus-client)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
     from anomalib_metarefine.deploy.arrivals import Rules
     from anomalib_metarefine.deploy.detector import Detector
     from anomalib_metarefine.deploy.journal import ResultsRemovedError
+    from anomalib_metarefine.deploy.sinks import Mqtt, Webhook
     from anomalib_metarefine.deploy.watch import WatchSettings, watch
     from anomalib_metarefine.images.reading import EXTENSIONS
 
@@ -90,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
         drift=drift if options.drift else None,
         dynamic_threshold=tuple(options.dynamic_threshold) if options.dynamic_threshold else None,
         remember=options.remember,
+        sinks=[kind(where) for kind, where in ((Webhook, options.webhook), (Mqtt, options.mqtt)) if where],
+        metrics=options.metrics,
     )
     try:
         watch(detector, options.source, options.out, settings)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,17 +14,21 @@ from rich.console import Console
 from rich.text import Text
 
 from anomalib_metarefine import __version__
-from anomalib_metarefine.deploy.arrivals import Arrival, Folder, Lines, Rules, Seen
+from anomalib_metarefine.deploy.arrivals import Folder, Lines, Rules, Seen
 from anomalib_metarefine.deploy.detector import Detector, Prediction
 from anomalib_metarefine.deploy.journal import Journal, Printer, Results
+from anomalib_metarefine.deploy.metrics import Metrics
 from anomalib_metarefine.deploy.monitor import Monitor, Recovery
+from anomalib_metarefine.deploy.outbox import Outbox, first_hash
 from anomalib_metarefine.deploy.overlay import write_overlay
 from anomalib_metarefine.deploy.pipeline import ChangingFileError, Job, Pipeline
+from anomalib_metarefine.deploy.records import about_event, about_image, images_of, now
+from anomalib_metarefine.deploy.sender import Sender, Sink, sending
 from anomalib_metarefine.deploy.stopping import stop_on_signals
 from anomalib_metarefine.deploy.summary import Summary, in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.status import Status
 
@@ -48,6 +52,8 @@ class WatchSettings:
         drift (dict[str, Any] | None): Settings of the drift monitor; ``None`` switches it off.
         dynamic_threshold (tuple[float, float] | None): Raw scores that the threshold may move between.
         remember (int): Images to know again; more than the folder ever holds. About 150 bytes each.
+        sinks (Sequence[Sink]): Who gets every line that has an ``id``, at least once.
+        metrics (int | None): Port for Prometheus; 0 takes a free one.
     """
 
     once: bool = False
@@ -58,6 +64,8 @@ class WatchSettings:
     drift: dict[str, Any] | None = field(default_factory=dict)
     dynamic_threshold: tuple[float, float] | None = None
     remember: int = 1_000_000
+    sinks: Sequence[Sink] = ()
+    metrics: int | None = None
 
     def of_monitor(self) -> dict[str, Any]:
         """What scores of earlier runs must have in common with this one's, for the monitor to go on from them."""
@@ -84,7 +92,7 @@ def watch(detector: Detector, source: str | Path, out: str | Path, settings: Wat
         ResultsRemovedError: If the results file was removed meanwhile.
     """
     settings = settings or WatchSettings()
-    _check(source, settings)
+    _check(source, out, settings)
     results: Results = Printer() if str(out) == STANDARD else Journal(Path(out))
     try:
         return _Watch(detector, source, results, settings).run()
@@ -105,20 +113,21 @@ class _Watch:
         else:
             self._source = Folder(Path(source), settings.rules, done, settings.once)
         self._monitor = Monitor(detector, settings.drift, settings.dynamic_threshold)
-        self._run = {"model": detector.fingerprint, "settings": settings.of_monitor()}
+        self._run: dict[str, Any] = {"model": detector.fingerprint, "settings": settings.of_monitor()}
         self._since_state, self._done, self._told, self._reachable = 0, 0, 0.0, True
+        self._path = results.path if isinstance(results, Journal) else Path(STANDARD)
+        self._senders = [Sender(sink, Outbox(self._path, sink.name), self._say) for sink in settings.sinks]
+        self._metrics = Metrics(settings.metrics, self._senders) if settings.metrics is not None else None
 
     def run(self) -> Summary:
         with stop_on_signals() as stopped:
             self._resume()
             pipeline = Pipeline(self._detector, self._finish, anomaly_maps=self._settings.heatmaps is not None)
-            try:
-                with self._console.status("waiting for images") as status:
+            with sending(self._senders, self._say), closing(self._metrics) if self._metrics else nullcontext():
+                with closing(pipeline), self._console.status("waiting for images") as status:
                     self._loop(pipeline, stopped, status)
-            finally:
-                pipeline.close()
-            self._write(*([self._state()] if self._since_state else []))
-            self._results.sync()
+                self._write(*([self._state()] if self._since_state else []))
+                self._results.sync()
         self._say(str(self._summary))
         return self._summary
 
@@ -152,7 +161,7 @@ class _Watch:
             for record in self._results.records():
                 recovery.take(record)
                 try:
-                    for image in _images_of(record):
+                    for image in images_of(record):
                         self._seen.add(image)
                 except (KeyError, TypeError):  # a line that is not ours must not stop every start
                     self._results.damaged += 1
@@ -163,29 +172,32 @@ class _Watch:
                 self._say(f"Warning: {self._results.damaged} damaged lines; their images are processed again.")
         self._summary.before = len(self._seen)
         self._results.append(self._start(), *events)
+        self._known_by = first_hash(self._path)
         if self._summary.before:
             self._say(f"Going on after {self._summary.before} images.")
         if self._settings.drift is not None and self._monitor.drifted is None:
             self._say("No drift monitor: the model was not calibrated, so it doesn't know what scores to expect.")
 
     def _start(self) -> dict[str, Any]:
-        return {"event": "start", "time": now(), **self._run, "version": __version__}
+        return {"event": "start", **about_event(), **self._run, "version": __version__}
 
     def _write(self, *records: dict[str, Any]) -> None:
         """Write lines. In a file that had to be begun anew stands all that the next start must know."""
-        if not self._results.renewed():
-            self._results.append(*records)
-            return
-        self._say("The results file was renamed or emptied; a new one is begun.")
-        self._results.append(self._start())
-        done = self._source.processed()
-        while part := list(islice(done, _STATE_EVERY)):
-            self._results.append({"event": "earlier", "images": part})
-        self._results.append(*records, self._state())
+        if self._results.renewed():
+            self._say("The results file was renamed or emptied; a new one is begun.")
+            self._results.append({**self._start(), "previous": self._known_by})
+            self._known_by = first_hash(self._path)
+            done = self._source.processed()
+            while part := list(islice(done, _STATE_EVERY)):
+                self._results.append({"event": "earlier", "images": part})
+            records = (*records, self._state())
+        self._results.append(*records)
+        for sender in self._senders:
+            sender.wake()
 
     def _recover(self, recovery: Recovery) -> list[dict[str, Any]]:
         try:
-            return [{**event, "time": now()} for event in recovery.apply(self._monitor)]
+            return [{**event, **about_event()} for event in recovery.apply(self._monitor)]
         except (ValueError, KeyError, TypeError) as error:
             self._say(f"Warning: the monitor starts afresh, as its saved state can't be used: {error}")
             self._monitor = Monitor(self._detector, self._settings.drift, self._settings.dynamic_threshold)
@@ -197,16 +209,16 @@ class _Watch:
             if isinstance(job.error, ChangingFileError) or not self._source.gives_up(job.arrival, job.error):
                 return
             self._summary.decisions["unreadable"] += 1
-            self._write(
-                {**_about(job), "decision": None, "error": str(job.error) or type(job.error).__name__, "time": now()}
-            )
-            self._note(job)
+            reason = str(job.error) or type(job.error).__name__
+            line = {**about_image(job, self._run["model"]), "decision": None, "error": reason, "time": now()}
+            self._write(line)
+            self._note(job, line)
             return
         prediction, threshold = job.prediction, self._monitor.threshold
         assert prediction is not None, "a job that has ended without an error has one"
         decision = self._detector.decide(prediction.anomalous, prediction.raw_score, threshold)
         line = {
-            **_about(job),
+            **about_image(job, self._run["model"]),
             "score": prediction.score,
             "raw_score": prediction.raw_score,
             "threshold": threshold,
@@ -214,21 +226,23 @@ class _Watch:
             "latency_ms": round(1e3 * prediction.latency_s, 3),
         }
         heatmap = self._heatmap(job, prediction, decision)
-        events = [{**event, "time": now()} for event in self._monitor.update(prediction.raw_score)]
+        events = [{**event, **about_event()} for event in self._monitor.update(prediction.raw_score)]
         line |= {"drift": self._monitor.drifted, "time": now()} | ({"heatmap": heatmap} if heatmap else {})
         self._since_state += self._monitor.drifted is not None
         state = [self._state()] if self._since_state >= _STATE_EVERY else []
         self._write(line, *events, *state)
-        self._note(job)
+        self._note(job, line)
         self._summary.decisions[decision] += 1
         self._summary.latencies.append(line["latency_ms"])
         for event in events:
             self._summary.events[event["event"]] += 1
             self._say(in_words(event))
 
-    def _note(self, job: Job) -> None:
+    def _note(self, job: Job, line: dict[str, Any]) -> None:
         self._seen.add(job.arrival)
         self._done += 1
+        if self._metrics:
+            self._metrics.take(line)
 
     def _heatmap(self, job: Job, prediction: Prediction, decision: str) -> str | None:
         folder = self._settings.heatmaps
@@ -268,23 +282,12 @@ class _Watch:
         self._console.print(Text(text))
 
 
-def now() -> str:
-    """The time as ISO 8601, in UTC, to the millisecond."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _images_of(record: dict[str, Any]) -> list[Arrival]:
-    """The images that a line says are done."""
-    if record.get("event") == "earlier":
-        return [Arrival(*entry) for entry in record["images"]]
-    return [Arrival(record["path"], record["size"], record["mtime_ns"])] if "path" in record else []
-
-
-def _about(job: Job) -> dict[str, Any]:
-    return {**job.arrival._asdict(), "sha256": job.sha256}
-
-
-def _check(source: str | Path, settings: WatchSettings) -> None:
+def _check(source: str | Path, out: str | Path, settings: WatchSettings) -> None:
+    if settings.sinks and str(out) == STANDARD:
+        msg = (
+            "A webhook or an MQTT broker gets its lines from the results file: pass one as --out, not standard output."
+        )
+        raise ValueError(msg)
     times = {"poll": settings.poll, "settle": settings.rules.settle, "patience": settings.rules.patience}
     for name, value in times.items():
         if not value >= 0:

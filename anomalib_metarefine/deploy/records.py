@@ -1,0 +1,44 @@
+"""What stands in the lines of the results, beside scores and decisions."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from anomalib_metarefine.deploy.arrivals import Arrival
+
+if TYPE_CHECKING:
+    from anomalib_metarefine.deploy.pipeline import Job
+
+
+def now() -> str:
+    """The time as ISO 8601, in UTC, to the millisecond."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def about_image(job: Job, model: str) -> dict[str, Any]:
+    """What names an image, and the id of its line.
+
+    The id follows from the image and the model. So a line that a power failure took along, and that is written again,
+    has the id under which a receiver may have seen it already.
+
+    Args:
+        job (Job): The image.
+        model (str): Fingerprint of the detector.
+    """
+    about = {**job.arrival._asdict(), "sha256": job.sha256}
+    return {**about, "id": hashlib.sha256(repr((model, *about.values())).encode("utf-8", "replace")).hexdigest()[:32]}
+
+
+def about_event() -> dict[str, Any]:
+    """The id of an event's line, and its time."""
+    return {"id": uuid.uuid4().hex, "time": now()}
+
+
+def images_of(record: dict[str, Any]) -> list[Arrival]:
+    """The images that a line says are done."""
+    if record.get("event") == "earlier":
+        return [Arrival(*entry) for entry in record["images"]]
+    return [Arrival(record["path"], record["size"], record["mtime_ns"])] if "path" in record else []
