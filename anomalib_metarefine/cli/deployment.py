@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from anomalib_metarefine.cli.command import SHOWN, Command, command_line, require
-from anomalib_metarefine.deploy import command as watching
+from anomalib_metarefine.deploy import command as line
 
 _CHECKPOINT, _IMAGES = "a checkpoint of a trained model", "a folder of images, or a CSV or Parquet table of paths"
 _MODEL_HELP = "class in anomalib.models; default: the one that the checkpoint names, as those of MetaRefine do"
@@ -168,8 +168,9 @@ DEPLOYMENT = {
     ),
     "watch": Command(
         "inference on images as they arrive",
-        watching.DESCRIPTION,
-        watching.add_arguments,
-        watching.run,
+        line.WATCH,
+        line.add_arguments,
+        line.run,
     ),
+    "serve": Command("answer over HTTP", line.SERVE, line.add_serve_arguments, line.run_serve),
 }

@@ -1,14 +1,10 @@
 """The programs under docs/examples, as a user runs them: without torch, anomalib or anything of ours."""
 
-import json
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import numpy as np
 import openvino as ov
 import pytest
 from PIL import Image
@@ -74,38 +70,4 @@ def test_cpp_scores_like_the_detector(brightness, tmp_path):
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     predictions = expected(brightness, paths)
     assert [float(row[1]) for row in rows] == pytest.approx([p.score for p in predictions], abs=2e-6)
-    assert [row[2] for row in rows] == ["normal", "anomalous"]
-
-
-def test_model_server_client_sends_what_the_graph_takes(brightness, tmp_path):
-    """The server is a stand-in that reads the KServe format strictly, and asks OpenVINO."""
-    network = ov.Core().compile_model(brightness / "model.xml", "CPU")
-
-    class Server(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            length = int(self.headers["Inference-Header-Content-Length"])
-            header, data = json.loads(body[:length]), body[length:]
-            tensor = header["inputs"][0]
-            assert (self.path, tensor["datatype"]) == ("/v2/models/line7/infer", "FP32")
-            assert tensor["parameters"]["binary_data_size"] == len(data)
-            answer = network({tensor["name"]: np.frombuffer(data, "<f4").reshape(tensor["shape"])})
-            names = [output["name"] for output in header["outputs"]]
-            outputs = [{"name": name, "shape": [1], "data": answer[name].tolist()} for name in names]
-            reply = json.dumps({"model_name": "line7", "outputs": outputs}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    paths = [save(tmp_path / f"{level}.png", grey(level)) for level in (80, 150)]
-    rows = run_alone("model_server_client.py", f"http://127.0.0.1:{server.server_port}", "line7", *paths)
-    server.shutdown()
-    server.server_close()
-    assert [float(row[1]) for row in rows] == pytest.approx([p.score for p in expected(brightness, paths)], abs=2e-6)
     assert [row[2] for row in rows] == ["normal", "anomalous"]

@@ -1,8 +1,10 @@
 """What runs on the line: alone, without torch and anomalib."""
 
+import argparse
 import json
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from anomalib_metarefine import deploy
-from anomalib_metarefine.deploy.command import main
+from anomalib_metarefine.deploy.command import add_arguments, main
 from tests.deploy.conftest import grey, save
 
 ROOT = Path(__file__).parents[2]
@@ -90,3 +92,31 @@ def test_both_distributions_ask_for_the_same_versions():
 def test_a_wrong_argument_is_told_in_a_sentence(brightness, tmp_path, capsys):
     assert main([str(brightness), str(tmp_path / "none"), "--out", str(tmp_path / "r.jsonl")]) == 2
     assert capsys.readouterr().err.startswith("metarefine-watch: There is no folder")
+
+
+def test_what_the_line_offers_is_as_in_the_whole_package():
+    wanted, line = (
+        project(file)["project"]["optional-dependencies"] for file in ("pyproject.toml", "line/pyproject.toml")
+    )
+    assert line == {name: wanted[name] for name in ("serve", "mqtt", "metrics")}
+
+
+def test_the_container_asks_for_what_there_is():
+    content, text = project("line/pyproject.toml"), (ROOT / "configs/line/Dockerfile").read_text(encoding="utf-8")
+    assert set(re.search(r"whl\)\[(.*?)\]", text)[1].split(",")) == set(content["project"]["optional-dependencies"])
+    assert re.search(r'ENTRYPOINT \["(.*)"\]', text)[1] in content["project"]["scripts"]
+
+
+def test_the_unit_is_one_that_systemd_takes(tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("needs systemd-analyze")
+    text = (ROOT / "configs/line/metarefine-watch.service").read_text(encoding="utf-8")
+    program, *arguments = re.search(r"^ExecStart=(.*?)(?<!\\)$", text, re.M | re.S)[1].replace("\\\n", " ").split()
+    unit = tmp_path / "metarefine-watch.service"
+    unit.write_text(text.replace(program, sys.executable))  # it looks whether the program is there
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(program).name in project("line/pyproject.toml")["project"]["scripts"]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(arguments).mqtt == "localhost:1883/line7/results"
