@@ -18,11 +18,8 @@ class Metrics:
     """Serves ``http://127.0.0.1:PORT/metrics``, counted from the start of the process.
 
     Args:
-        port (int): 0 takes a free one.
+        port (int): To listen on.
         senders (Sequence[Sender]): To tell of, too.
-
-    Attributes:
-        address (str): Where it is.
 
     Raises:
         ModuleNotFoundError: If prometheus-client is not installed.
@@ -31,36 +28,30 @@ class Metrics:
 
     def __init__(self, port: int, senders: Sequence[Sender]) -> None:
         try:
-            from prometheus_client import (
-                CollectorRegistry,
-                Counter,
-                Gauge,
-                Histogram,
-                ProcessCollector,
-                start_http_server,
-            )
+            import prometheus_client as prometheus
         except ModuleNotFoundError as error:
             msg = "--metrics needs the package prometheus-client: pip install prometheus-client."
             raise ModuleNotFoundError(msg) from error
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
+        registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
         named: dict[str, Any] = {"namespace": "metarefine", "registry": registry}
-        self._images = Counter("images", "Images by decision.", ["decision"], **named)
+        self._images = prometheus.Counter("images", "Images by decision.", ["decision"], **named)
         for decision in (*DECISIONS, "unreadable"):
             self._images.labels(decision)
-        self._scores = Histogram("score", "Image scores; the exported threshold is 0.5.", buckets=_SCORES, **named)
-        self._latency = Histogram("inference_seconds", "From pixels to the answer.", **named)
-        self._drifted = Gauge("drifted", "Whether scores have drifted.", **named)
-        self._threshold = Gauge("threshold", "Raw threshold that is in force.", **named)
-        up = Gauge("sink_up", "Whether a receiver of results takes them.", ["sink"], **named)
+        self._scores = prometheus.Histogram(
+            "score", "Image scores; the exported threshold is 0.5.", buckets=_SCORES, **named
+        )
+        self._latency = prometheus.Histogram("inference_seconds", "From pixels to the answer.", **named)
+        self._drifted = prometheus.Gauge("drifted", "Whether scores have drifted.", **named)
+        self._threshold = prometheus.Gauge("threshold", "Raw threshold that is in force.", **named)
+        up = prometheus.Gauge("sink_up", "Whether a receiver of results takes them.", ["sink"], **named)
         for sender in senders:
             up.labels(sender.sink.name).set_function(sender.is_up)
         try:
-            self._server, _ = start_http_server(port, "127.0.0.1", registry)
+            self._server, _ = prometheus.start_http_server(port, "127.0.0.1", registry)
         except OSError as error:
             msg = f"Port {port} for --metrics can't be had: {error.strerror}. Pass another one."
             raise OSError(msg) from error
-        self.address = f"http://127.0.0.1:{self._server.server_port}/metrics"
 
     def take(self, line: dict[str, Any]) -> None:
         """Count an image by its line in the results."""

@@ -6,7 +6,7 @@ import asyncio
 import io
 import socket
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,7 @@ _MOST_PIXELS = 1 << 26  # of an image file: one of a few bytes may hold more tha
 _MOST_REQUESTS = 16  # at a time; each may be as large as is allowed
 _READING_S, _ANSWER_S = 30.0, 120.0
 _MAP = "anomaly_map"
+_Done = TypeVar("_Done")
 
 
 class Service:
@@ -77,8 +78,8 @@ class Service:
         """Scores of the images of a tensor."""
         name = self._known(request)
         body = await self._body(request)
-        query = await run_in_threadpool(read_query, body, request.headers.get(HEADER_LENGTH))
-        predictions = await self._scored(query.images, _MAP in query.outputs)
+        query = await self._in_turn(read_query, body, request.headers.get(HEADER_LENGTH))
+        predictions = await self._in_turn(self._scored, query.images, _MAP in query.outputs)
         outputs = self._tensors(predictions)
         usual = dict.fromkeys((one for one in outputs if one != _MAP), query.binary)
         if unknown := query.outputs.keys() - outputs.keys():
@@ -93,7 +94,7 @@ class Service:
 
     async def score(self, request: Request) -> Response:
         """Score of the image file that is the request's body, with the keys of a line of `watch`."""
-        (found,) = await self._scored([await self._body(request)], maps=False)
+        (found,) = await self._in_turn(self._scored, [await self._body(request)], False)
         line = {"score": found.score, "raw_score": found.raw_score, "threshold": self._detector.threshold}
         return JSONResponse({**line, "decision": found.decision, "latency_ms": round(1e3 * found.latency_s, 3)})
 
@@ -138,9 +139,13 @@ class Service:
             raise HTTPException(400, "the request ended half way") from None
         return bytes(content)
 
-    async def _scored(self, images: list[bytes | np.ndarray], maps: bool) -> list[Prediction]:
+    async def _in_turn(self, work: Callable[..., _Done], *given: Any) -> _Done:  # noqa: ANN401
+        """Do what takes time and memory in a thread; only so much of it at a time."""
         async with self._turns:
-            return await run_in_threadpool(lambda: [self._prediction(image, maps) for image in images])
+            return await run_in_threadpool(work, *given)
+
+    def _scored(self, images: list[bytes | np.ndarray], maps: bool) -> list[Prediction]:
+        return [self._prediction(image, maps) for image in images]
 
     def _prediction(self, image: bytes | np.ndarray, maps: bool) -> Prediction:
         if isinstance(image, bytes):
@@ -181,8 +186,7 @@ def make_app(detector: Detector, name: str, largest: int) -> Starlette:
     for path in (model, f"{model}/versions/{{version}}"):
         routes += [Route(path, service.about_model), Route(f"{path}/ready", service.ready)]
         routes.append(Route(f"{path}/infer", service.bounded(service.infer), methods=["POST"]))
-    handlers: dict[Any, Any] = {HTTPException: _told, ValueError: _refused, Exception: _failed}
-    return Starlette(routes=routes, exception_handlers=handlers)
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys((HTTPException, ValueError, Exception), _told))
 
 
 def serve(detector: Detector, name: str, host: str, port: int, largest: int, opened: Callable[[str], None]) -> None:
@@ -225,13 +229,9 @@ def _check_size(content: bytes) -> None:
         raise HTTPException(413, f"an image may have {_MOST_PIXELS} pixels, found {pixels}")
 
 
-def _told(_: Request, error: HTTPException) -> Response:
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-
-def _refused(_: Request, error: ValueError) -> Response:
-    return JSONResponse({"error": str(error)}, 400)
-
-
-def _failed(_: Request, error: Exception) -> Response:
+def _told(_: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    if isinstance(error, ValueError):
+        return JSONResponse({"error": str(error)}, 400)
     return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)

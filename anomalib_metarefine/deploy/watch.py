@@ -53,7 +53,7 @@ class WatchSettings:
         dynamic_threshold (tuple[float, float] | None): Raw scores that the threshold may move between.
         remember (int): Images to know again; more than the folder ever holds. About 150 bytes each.
         sinks (Sequence[Sink]): Who gets every line that has an ``id``, at least once.
-        metrics (int | None): Port for Prometheus; 0 takes a free one.
+        metrics (int | None): Port for Prometheus, on 127.0.0.1.
     """
 
     once: bool = False

@@ -118,7 +118,7 @@ def test_a_receiver_that_hangs_holds_nothing_up(brightness, tmp_path, monkeypatc
 
     monkeypatch.setattr(sending, "_FAREWELL_S", 0.1)
     source = fill(tmp_path / "in", [100] * 30)
-    once(brightness, source, tmp_path / "r.jsonl", sinks=[Hanging()])
+    once(brightness, source, tmp_path / "r.jsonl", sinks=[Hanging()], drift=None)
     assert len(images(tmp_path / "r.jsonl")) == 30
     assert "The one that hangs has not got 31 lines; the next start on these results sends them." in told(capsys)
 
@@ -129,18 +129,18 @@ def told(capsys):
 
 def test_what_is_left_is_sent_at_the_next_start(brightness, tmp_path, capsys, web):
     source, out = fill(tmp_path / "in", [100, 200]), tmp_path / "r.jsonl"
-    once(brightness, source, out, sinks=[Webhook(web.url)])
+    once(brightness, source, out, sinks=[Webhook(web.url)], drift=None)
     said = told(capsys)
     assert f"Warning: The webhook at 127.0.0.1:{web.port} takes nothing: " in said
     assert "Connection refused" in said
     assert "secret" not in said
     assert "has not got 3 lines" in said
     web.start()
-    once(brightness, source, out, sinks=[Webhook(web.url)])
+    once(brightness, source, out, sinks=[Webhook(web.url)], drift=None)
     assert web.got == with_id(out)
     assert [line["decision"] for line in web.got if "path" in line] == ["normal", "anomalous"]
     assert "takes nothing" not in told(capsys)
-    once(brightness, source, out, sinks=[Webhook(web.url)])
+    once(brightness, source, out, sinks=[Webhook(web.url)], drift=None)
     assert len(web.got) == len(with_id(out))  # nothing but the third start comes again
 
 
