@@ -57,16 +57,12 @@ def read_query(body: bytes, header_length: str | None) -> Query:
         header = json.loads(body[:length])
         (tensor,) = header["inputs"]
         name, datatype, shape = tensor["name"], tensor["datatype"], [int(side) for side in tensor["shape"]]
-        outputs = {
-            one["name"]: bool((one.get("parameters") or {}).get("binary_data")) for one in header.get("outputs", ())
-        }
-        size = (tensor.get("parameters") or {}).get("binary_data_size")
-        binary = bool((header.get("parameters") or {}).get("binary_data_output"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = (
-            f"expected JSON with one tensor of name, datatype and shape under inputs ({type(error).__name__}: {error})"
-        )
-        raise ValueError(msg) from error
+        outputs = {one["name"]: bool(one.get("parameters", {}).get("binary_data")) for one in header.get("outputs", ())}
+        size = tensor.get("parameters", {}).get("binary_data_size")
+        binary = bool(header.get("parameters", {}).get("binary_data_output"))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        msg = "expected JSON with one tensor of name, datatype and shape under inputs"
+        raise ValueError(f"{msg}: {type(error).__name__}: {error}") from error
     if name != INPUT:
         msg = f"the model's input is called {INPUT}, found {name}"
         raise ValueError(msg)
@@ -89,11 +85,8 @@ def write_answer(
     """
     described, blobs = [], []
     for name, values in outputs.items():
-        entry: dict[str, Any] = {
-            "name": name,
-            "datatype": _TYPES.get(values.dtype, "BYTES"),
-            "shape": list(values.shape),
-        }
+        kind = _TYPES.get(values.dtype, "BYTES")
+        entry: dict[str, Any] = {"name": name, "datatype": kind, "shape": list(values.shape)}
         if binary[name]:
             blobs.append(values.tobytes() if values.dtype in _TYPES else _with_lengths(values))
             entry["parameters"] = {"binary_data_size": len(blobs[-1])}
@@ -129,21 +122,13 @@ def _images(datatype: str, shape: list[int], content: bytes | Any) -> list[bytes
 
 
 def _array(content: bytes | Any, dtype: np.dtype, shape: list[int]) -> np.ndarray:  # noqa: ANN401
-    if min(shape) < 1:
-        msg = f"an image has no pixels: {shape}"
+    values = np.frombuffer(content, dtype) if isinstance(content, bytes) else np.asarray(content)
+    if min(shape) < 1 or values.size != math.prod(shape):
+        msg = f"an image of the shape {shape} needs {math.prod(shape)} values, at least one; found {values.size}"
         raise ValueError(msg)
-    if isinstance(content, bytes):
-        values = np.frombuffer(content, dtype) if len(content) % dtype.itemsize == 0 else np.empty(0)
-    else:
-        values = np.asarray(content)
-        if values.dtype.kind not in ("iu" if dtype.kind == "u" else "iuf"):
-            msg = f"the data are no numbers of {dtype.name}"
-            raise ValueError(msg)
-        if dtype.kind == "u" and values.size and not 0 <= values.min() <= values.max() <= 255:
-            msg = f"UINT8 levels from {values.min()} to {values.max()}"
-            raise ValueError(msg)
-    if values.size != math.prod(shape):
-        msg = f"the shape {shape} asks for {math.prod(shape)} values, found {values.size}"
+    whole = dtype.kind == "u"
+    if values.dtype.kind not in ("iu" if whole else "iuf") or (whole and not 0 <= values.min() <= values.max() <= 255):
+        msg = f"the data are no numbers of {dtype.name}: {values.ravel()[:3].tolist()}, ..."
         raise ValueError(msg)
     return values.astype(dtype, copy=False).reshape(shape)
 

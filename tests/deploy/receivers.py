@@ -1,5 +1,6 @@
 """Who gets results in the tests: a web server, and a real MQTT broker with a subscriber."""
 
+import getpass
 import json
 import shutil
 import socket
@@ -77,11 +78,11 @@ class Broker:
         if program is None:
             pytest.skip("mosquitto is not installed")
         folder.mkdir(parents=True)
-        folder.chmod(0o777)  # started by root, mosquitto becomes a user of its own
         self.port, self.got, self.process, self.subscriber = free_port(), [], None, None
         self.address = f"127.0.0.1:{self.port}/line7/results"
-        text = f"listener {self.port} 127.0.0.1\npersistence true\npersistence_location {folder}/\n"
-        (folder / "mosquitto.conf").write_text(f"{text}max_queued_messages 0\n{settings}\n")
+        text = f"listener {self.port} 127.0.0.1\npersistence true\npersistence_location {folder}/\n{settings}\n"
+        text += f"max_queued_messages 0\nuser {getpass.getuser()}\n"  # root's would become one who can't write here
+        (folder / "mosquitto.conf").write_text(text)
         self.command = [program, "-c", str(folder / "mosquitto.conf")]
 
     def start(self):
