@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +17,24 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def about_image(job: Job, model: str) -> dict[str, Any]:
-    """What names an image, and the id of its line.
+def line_id(*facts: object) -> str:
+    """What a receiver knows a line by.
 
-    The id follows from the image and the model. So a line that a power failure took along, and that is written again,
-    has the id under which a receiver may have seen it already.
-
-    Args:
-        job (Job): The image.
-        model (str): Fingerprint of the detector.
+    It follows from what the line is about. So one that a power failure took along, and that is written again, has the
+    id under which a receiver may have seen it already.
     """
+    return hashlib.sha256(repr(facts).encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def about_image(job: Job, model: str) -> dict[str, Any]:
+    """What names an image, and the id of its line; ``model`` is the detector's fingerprint."""
     about = {**job.arrival._asdict(), "sha256": job.sha256}
-    return {**about, "id": hashlib.sha256(repr((model, *about.values())).encode("utf-8", "replace")).hexdigest()[:32]}
+    return {**about, "id": line_id(model, about)}
 
 
-def about_event() -> dict[str, Any]:
-    """The id of an event's line, and its time."""
-    return {"id": uuid.uuid4().hex, "time": now()}
+def about_event(event: dict[str, Any], model: str) -> dict[str, Any]:
+    """An event of the monitor, the id of its line, and the time."""
+    return {**event, "id": line_id(model, event), "time": now()}
 
 
 def images_of(record: dict[str, Any]) -> list[Arrival]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import uuid
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -179,7 +180,7 @@ class _Watch:
             self._say("No drift monitor: the model was not calibrated, so it doesn't know what scores to expect.")
 
     def _start(self) -> dict[str, Any]:
-        return {"event": "start", **about_event(), **self._run, "version": __version__}
+        return {"event": "start", "id": uuid.uuid4().hex, "time": now(), **self._run, "version": __version__}
 
     def _write(self, *records: dict[str, Any]) -> None:
         """Write lines. In a file that had to be begun anew stands all that the next start must know."""
@@ -197,7 +198,7 @@ class _Watch:
 
     def _recover(self, recovery: Recovery) -> list[dict[str, Any]]:
         try:
-            return [{**event, **about_event()} for event in recovery.apply(self._monitor)]
+            return [about_event(event, self._run["model"]) for event in recovery.apply(self._monitor)]
         except (ValueError, KeyError, TypeError) as error:
             self._say(f"Warning: the monitor starts afresh, as its saved state can't be used: {error}")
             self._monitor = Monitor(self._detector, self._settings.drift, self._settings.dynamic_threshold)
@@ -226,7 +227,7 @@ class _Watch:
             "latency_ms": round(1e3 * prediction.latency_s, 3),
         }
         heatmap = self._heatmap(job, prediction, decision)
-        events = [{**event, **about_event()} for event in self._monitor.update(prediction.raw_score)]
+        events = [about_event(event, self._run["model"]) for event in self._monitor.update(prediction.raw_score)]
         line |= {"drift": self._monitor.drifted, "time": now()} | ({"heatmap": heatmap} if heatmap else {})
         self._since_state += self._monitor.drifted is not None
         state = [self._state()] if self._since_state >= _STATE_EVERY else []
@@ -284,9 +285,7 @@ class _Watch:
 
 def _check(source: str | Path, out: str | Path, settings: WatchSettings) -> None:
     if settings.sinks and str(out) == STANDARD:
-        msg = (
-            "A webhook or an MQTT broker gets its lines from the results file: pass one as --out, not standard output."
-        )
+        msg = "Webhook and MQTT get their lines from the results file: pass one as --out, not standard output."
         raise ValueError(msg)
     times = {"poll": settings.poll, "settle": settings.rules.settle, "patience": settings.rules.patience}
     for name, value in times.items():

@@ -68,6 +68,7 @@ def survive(model, folder, count, web, broker):
         process.wait_until(lambda: web.got and broker.got and line_count(out) > 0.3 * count, 600)
         process.popen.kill()
     with Process(*arguments) as process:
+        process.wait_until(lambda: len(events(out, "start")) == 2)
         process.wait_until(lambda: len(web.got) > 0.35 * count and len(broker.got) > 0.35 * count, 600)
         used = [memory(process.popen.pid)]
         web.stop()
@@ -274,7 +275,7 @@ class TestMetrics:
 
 def test_standard_output_is_no_outbox(brightness, tmp_path, capsys):
     assert main(["watch", str(brightness), str(tmp_path), "--out", "-", "--webhook", "http://host/"]) == 2
-    assert "Pass one as --out" in told(capsys)
+    assert "pass one as --out" in told(capsys)
 
 
 def test_results_that_are_rotated_while_the_receiver_is_away(brightness, tmp_path, web):
@@ -282,7 +283,7 @@ def test_results_that_are_rotated_while_the_receiver_is_away(brightness, tmp_pat
     arguments = [brightness, source, "--out", out, "--poll", 0.05, "--webhook", web.url]
     with Process(*arguments) as process:
         for rotation in (1, 2):
-            process.wait_until(lambda: len(images(out)) == 5)
+            process.wait_until(lambda: out.exists() and len(images(out)) == 5)
             out.rename(tmp_path / f"r.jsonl.{rotation}")
             process.wait_until(lambda: line_count(out) >= 3)
             fill(source, [100] * 5, start=5 * rotation)
