@@ -100,14 +100,14 @@ class Sender(threading.Thread):
         self.outbox.arrived(place)
         if self._away_since is not None:
             away, self._away_since = time.monotonic() - self._away_since, None
-            self._say(f"{self.sink.target} is there again after {away:.0f} s; {self.outbox.waiting()} lines to go.")
+            self._say(f"{self.sink.target} is there again after {away:.0f} s. Lines to send: {self.outbox.waiting()}.")
         return True
 
     def _tell_away(self, error: Exception) -> None:
         if self._away_since is None:
             self._away_since = time.monotonic()
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"Warning: {self.sink.target} takes nothing: {reason}. {self.outbox.waiting()} lines wait.")
+            self._say(f"Warning: {self.sink.target} takes nothing: {reason}. Lines to send: {self.outbox.waiting()}.")
 
 
 @contextmanager
@@ -127,4 +127,6 @@ def sending(senders: Sequence[Sender], say: Callable[[str], None]) -> Iterator[N
         for sender in senders:
             sender.join(max(0.0, end - time.monotonic()))
             if left := sender.outbox.waiting():
-                say(f"{sender.sink.target} has not got {left} lines; the next start on these results sends them.")
+                say(
+                    f"{sender.sink.target} has not got everything. Lines that the next start on these results sends: {left}."
+                )

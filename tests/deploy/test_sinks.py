@@ -122,7 +122,9 @@ def test_a_receiver_that_hangs_holds_nothing_up(brightness, tmp_path, monkeypatc
     source = fill(tmp_path / "in", [100] * 30)
     once(brightness, source, tmp_path / "r.jsonl", sinks=[Hanging()], drift=None)
     assert len(images(tmp_path / "r.jsonl")) == 30
-    assert "The one that hangs has not got 31 lines; the next start on these results sends them." in told(capsys)
+    assert "The one that hangs has not got everything. Lines that the next start on these results sends: 31." in told(
+        capsys
+    )
 
 
 def told(capsys):
@@ -136,7 +138,7 @@ def test_what_is_left_is_sent_at_the_next_start(brightness, tmp_path, capsys, we
     assert f"Warning: The webhook at 127.0.0.1:{web.port} takes nothing: " in said
     assert "Connection refused" in said
     assert "secret" not in said
-    assert "has not got 3 lines" in said
+    assert "next start on these results sends: 3." in said
     web.start()
     once(brightness, source, out, sinks=[Webhook(web.url)], drift=None)
     assert web.got == with_id(out)
