@@ -2,15 +2,16 @@
 
 A receiver's place is kept in a small file beside the results, so nothing has to be kept in memory, and nothing is
 copied. It is written when lines have arrived: after a kill some are sent again, none is left out. What is sent are the
-lines with an ``id``; the others are the memory of `watch` itself.
+lines with an ``id``, also those that stand ``again``; the others are the memory of `watch` itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from anomalib_metarefine.deploy.journal import encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,9 +61,15 @@ class Outbox:
             self.arrived(Place(first_hash(self._results), 0))
 
     def batch(self) -> tuple[list[bytes], Place | None]:
-        """The next lines, and the place behind them."""
-        found = list(islice(self._pending(), _BATCH))
-        return [line for line, _ in found if _parsed(line)], found[-1][1] if found else None
+        """The next lines, about a hundred, and the place behind them."""
+        lines: list[bytes] = []
+        place = None
+        for line, behind in self._pending():
+            record, place = _parsed(line) or {}, behind
+            lines += map(encode, record["lines"]) if record.get("event") == "again" else [line] if record else []
+            if len(lines) >= _BATCH:
+                break
+        return lines, place
 
     def arrived(self, place: Place) -> None:
         """Write down the place."""

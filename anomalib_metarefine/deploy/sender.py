@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.deploy.outbox import Outbox
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0  # between tries
+_AT_ONCE = 100  # lines
 _FAREWELL_S = 10.0  # for what is left when watching ends
 
 
@@ -95,8 +96,8 @@ class Sender(threading.Thread):
             self._told_missing.add(file)
         if place is None:
             return False
-        if lines:
-            self.sink.send(lines)
+        for start in range(0, len(lines), _AT_ONCE):
+            self.sink.send(lines[start : start + _AT_ONCE])
         self.outbox.arrived(place)
         if self._away_since is not None:
             away, self._away_since = time.monotonic() - self._away_since, None
@@ -127,6 +128,4 @@ def sending(senders: Sequence[Sender], say: Callable[[str], None]) -> Iterator[N
         for sender in senders:
             sender.join(max(0.0, end - time.monotonic()))
             if left := sender.outbox.waiting():
-                say(
-                    f"{sender.sink.target} has not got everything. Lines that the next start on these results sends: {left}."
-                )
+                say(f"{sender.sink.target} has not got everything. Lines that the next start will send: {left}.")

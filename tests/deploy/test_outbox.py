@@ -58,6 +58,14 @@ def test_batches_are_bounded(results):
     assert [len(take(outbox)) for _ in range(4)] == [100, 100, 52, 0]
 
 
+def test_lines_of_before_a_copy_come_again(results):
+    outbox = begun(results)
+    take(outbox)
+    append(results, line(event="again", lines=[{"id": str(i), "path": "a"} for i in range(120)]), B)
+    assert take(outbox) == [line(id=str(i), path="a") for i in range(120)]  # whole: its place is behind all of them
+    assert take(outbox) == [B]
+
+
 def test_lines_that_a_power_failure_took_do_not_hide_those_that_follow(results):
     append(results, B)
     take(begun(results))
