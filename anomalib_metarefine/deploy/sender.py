@@ -85,6 +85,13 @@ class Sender(threading.Thread):
                 self._wake.wait()
                 self._wake.clear()
 
+    def left(self) -> int | str:
+        """How many lines there are to send."""
+        try:
+            return self.outbox.waiting()
+        except OSError as error:  # of the results' own disk
+            return f"not known ({error})"
+
     def _send(self) -> bool:
         """Send a batch; whether there was one."""
         lines, place = self.outbox.batch()
@@ -101,14 +108,14 @@ class Sender(threading.Thread):
         self.outbox.arrived(place)
         if self._away_since is not None:
             away, self._away_since = time.monotonic() - self._away_since, None
-            self._say(f"{self.sink.target} is there again after {away:.0f} s. Lines to send: {self.outbox.waiting()}.")
+            self._say(f"{self.sink.target} is there again after {away:.0f} s. Lines to send: {self.left()}.")
         return True
 
     def _tell_away(self, error: Exception) -> None:
         if self._away_since is None:
             self._away_since = time.monotonic()
             reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"Warning: {self.sink.target} takes nothing: {reason}. Lines to send: {self.outbox.waiting()}.")
+            self._say(f"Warning: {self.sink.target} takes nothing: {reason}. Lines to send: {self.left()}.")
 
 
 @contextmanager
@@ -127,5 +134,5 @@ def sending(senders: Sequence[Sender], say: Callable[[str], None]) -> Iterator[N
             sender.finish()
         for sender in senders:
             sender.join(max(0.0, end - time.monotonic()))
-            if left := sender.outbox.waiting():
+            if left := sender.left():
                 say(f"{sender.sink.target} has not got everything. Lines that the next start will send: {left}.")
