@@ -218,17 +218,19 @@ def find_structure(
     reliabilities = _split_half(neighbours, variants, tail, np.random.default_rng(seed))
     reliability = float(np.average(reliabilities[large], weights=counts[large]))
     kinds: tuple[Kind, ...] = ()
-    if kind == "auto":
+    if kind != "auto":
+        whole: Kind = kind
+    else:
         kinds = tuple(
             _kind(*evidence) if enough else "aligned"
             for *evidence, enough in zip(layouts, reliabilities, large, strict=True)
         )
-        kind = "aligned" if "aligned" in kinds else max(kinds, key=kinds.count)
+        whole = "aligned" if "aligned" in kinds else max(kinds, key=kinds.count)
         kinds = kinds if len(set(kinds)) > 1 else ()
-    if kind == "aligned" and given is None and look_for_variants:
+    if whole == "aligned" and given is None and look_for_variants:
         everyone = np.ones(count, dtype=bool)
         variants = _variants(neighbours.episodic(everyone)[0], neighbours.images[:, :, 0])
-    return Structure(kind, layout, reliability, variants, names, kinds)
+    return Structure(whole, layout, reliability, variants, names, kinds)
 
 
 def _kind(layout: float, reliability: float) -> Kind:
