@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import anomalib.data
 import anomalib.models
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 import anomalib_metarefine
@@ -195,3 +198,23 @@ def test_start_from_the_first_line_to_the_last(tmp_path):
         )
         assert done.returncode == 0, block + done.stdout + done.stderr
     assert len((tmp_path / "line7.jsonl").read_text().splitlines()) > 150
+
+
+def test_the_entry_for_studio_has_the_fields_of_anomalibs_own():
+    (entry,) = yaml.safe_load((ROOT / "configs/model/studio.yaml").read_text())
+    assert anomalib.models.get_model(entry["id"], pre_trained=False).name == entry["name"]
+    fields = ["id", "name", "description", "family", "recommended", "license", "docs_url", "parameters", "supported"]
+    assert list(entry) == fields
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mpl.use("Agg")
+    notebook = json.loads((ROOT / "docs/examples/start.ipynb").read_text(encoding="utf-8"))
+    names = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)  # as Jupyter does it
+    assert names["found"].dirty.sum() == 18
+    assert set(names["results"]) == {"on everything", "refined"}

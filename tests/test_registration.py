@@ -1,6 +1,8 @@
 """What a plain `pip install` promises; every check runs in a Python of its own."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +153,20 @@ def test_whichever_of_our_modules_comes_first(first):
         "assert 'anomalib_metarefine' in anomalib.models.ALLOWED_MODULES\n"
         "assert type(anomalib.models).__name__ == type(anomalib.data).__name__ == 'module'\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switch", ["off", "on"])
+def test_with_the_patch_for_upstream_anomalib_needs_no_hook(tmp_path, switch):
+    source = Path(importlib.util.find_spec("anomalib").submodule_search_locations[0])
+    shutil.copytree(source, tmp_path / "src/anomalib")
+    patch = Path(__file__).parents[1] / "docs/examples/upstream.patch"
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, check=True)
+    answer = python(
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'src')!r})\n"
+        "from anomalib.models import list_models; from anomalib.data import ELPV\n"
+        "print(sys.modules['anomalib'].__file__, 'meta_refine' in list_models(), ELPV.__module__)",
+        ANOMALIB_PLUGINS=switch,
+    )
+    assert answer.split() == [str(tmp_path / "src/anomalib/__init__.py"), "True", "anomalib_metarefine.data.elpv"]
