@@ -5,8 +5,8 @@
 
 A row is a folder drawn from a family: what kind it is taken for, what is rejected, how many looks down the order find
 90 % of the dirty images, and image AUROC on the images not drawn, of the density of all images, of what is kept, and of
-the truly clean part. ``--mix`` draws good images of two families, the second the minority. Features of a family are
-computed once and kept in the folder; ``--summary`` prints the tables of the rows that are there.
+the truly clean part. Features of a family are computed once and kept in the folder; ``--summary`` prints the tables of
+the rows that are there.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ def examine(family: Family, folder: Folder, seed: int, **settings: object) -> di
         "looks": looks(scores, dirty),
         "rounds": len(result.refinement.rounds),
         "left_out": result.refinement.unusual_patches,
-        "minority_rejected": float("nan"),
     }
     labels = family.dirty[folder.test]
     trained = {"refined": result}
@@ -127,28 +126,6 @@ def run(
             settings = {} if rule == "auto" else {"rule": rule}
             folder = draw(family, size, share, seed)
             yield dict(zip(KEY, key, strict=True)) | examine(family, folder, seed, **settings)
-
-
-def run_mixed(
-    done: set[tuple], pair: tuple[DataSet, DataSet], cache: Path, counts: list[str], seeds: list[int], share: float
-) -> Iterator[dict[str, object] | str]:
-    """Folders of two families, ``200+20`` images of each, a share of them dirty in both."""
-    one, other = (load(data, cache) for data in pair)
-    both = Family(torch.cat([one.embeddings, other.embeddings]), np.concatenate([one.dirty, other.dirty]), one.grid)
-    for text, seed in itertools.product(counts, seeds):
-        key = (f"{pair[0].name}+{pair[1].name} {text}", sum(map(int, text.split("+"))), share, seed, "auto")
-        if key in done:
-            continue
-        first, second = map(int, text.split("+"))
-        folders = [draw(one, first, share, seed), draw(other, second, share, seed)]
-        folders[1] = Folder(*(rows + len(one.dirty) for rows in folders[1]))
-        whole = Folder(*(np.concatenate(rows) for rows in zip(*folders, strict=True)))
-        row = examine(both, whole, seed)
-        result = refined(both, whole.drawn, seed)
-        minority = whole.drawn >= len(one.dirty)
-        good = minority & ~both.dirty[whole.drawn]
-        row["minority_rejected"] = int((~result.kept & good).sum())
-        yield dict(zip(KEY, key, strict=True)) | row
 
 
 def summarise(rows: pd.DataFrame) -> str:
@@ -209,19 +186,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--features", type=Path, required=True, help="folder for the features of whole families")
     add("--images", type=int, nargs="+", default=[40, 150, 300], help="sizes of the folders drawn")
     add("--rules", nargs="+", default=["auto"], help="rejection rules")
-    add("--mix", nargs="*", default=[], metavar="N+M", help="folders of the first two data sets of --data instead")
     add("--summary", action="store_true", help="print the tables of the rows that are there")
     options = parser.parse_args(argv)
     families = [parse_data_set(text) for text in options.data]
     done = finished(options.out, KEY)
-    if options.mix:
-        for share in options.contamination:
-            pair = (families[0], families[1])
-            rows = run_mixed(done, pair, options.features, options.mix, options.seeds, share)
-            record(rows, options.out)
-    else:
-        grid = (options.images, options.contamination, options.seeds, options.rules)
-        record(run(done, families, options.features, *grid), options.out)
+    grid = (options.images, options.contamination, options.seeds, options.rules)
+    record(run(done, families, options.features, *grid), options.out)
     if options.summary:
         print(summarise(pd.read_csv(options.out)))
 
