@@ -9,6 +9,9 @@ import pandas as pd
 import pytest
 import yaml
 
+from anomalib_metarefine.images.reading import file_hash
+from anomalib_metarefine.model.checkpoints import KEY, read_checkpoint
+
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model.image_size", "[96,96]", "--model.meta_steps", "1", "--model.visualizer", "False"]
@@ -49,9 +52,17 @@ def data(parts):
 
 def test_train_test_predict_export(parts, data):
     model = ["--model", "MetaRefine", *SMALL]
-    out = run("anomalib", "train", *model, "--data", "data.yaml", cwd=parts)
+    (parts / "decisions.csv").write_text(f"sha256,decision\n{file_hash(parts / 'train/good/003.png')},reject\n")
+    (parts / "ignore.json").write_text("[[[0, 0], [0.35, 0], [0.35, 0.35], [0, 0.35]]]")
+    ours = ["--model.decisions", str(parts), "--model.ignore", "ignore.json"]
+    out = run("anomalib", "train", *model, *ours, "--data", "data.yaml", cwd=parts)
     assert "image_AUROC" in out
     (checkpoint,) = (parts / "results" / "MetaRefine" / "parts").glob("v*/weights/lightning/model.ckpt")
+    kept = read_checkpoint(checkpoint)[KEY]
+    assert kept["provenance"]["ignored"][0] == "##...."
+    assert not dict(zip(kept["refinement"]["paths"], kept["refinement"]["kept"], strict=True))[
+        str(parts / "train/good/003.png")
+    ]
     restore = ["--ckpt_path", str(checkpoint)]
     assert "image_AUROC" in run("anomalib", "test", *model, "--data", "data.yaml", *restore, cwd=parts)
     run("anomalib", "predict", *model, "--data", str(parts / "test" / "blob"), *restore, cwd=parts)

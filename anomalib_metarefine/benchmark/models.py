@@ -5,25 +5,19 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-import anomalib.models
-from anomalib.models.components import AnomalibModule
 from anomalib.models.components.filters import GaussianBlur2d
-from torchvision.transforms.v2 import Compose, Normalize
 
 from anomalib_metarefine.benchmark.memo import MemoisedFeatures, frozen_networks
 from anomalib_metarefine.benchmark.metrics import ScoreEvaluator
 from anomalib_metarefine.benchmark.separable import SeparableBlur
-from anomalib_metarefine.features.backbone import Backbone, normalization
-from anomalib_metarefine.features.offline import use_offline_weights
+from anomalib_metarefine.model.make import make_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from anomalib.pre_processing import PreProcessor
+    from anomalib.models.components import AnomalibModule
 
     from anomalib_metarefine.benchmark.memo import Memo
 
@@ -53,71 +47,26 @@ def build(
 
     Args:
         spec (ModelSpec): Which model.
-        backbone (str): timm architecture, for models whose class takes a ``backbone``.
-        layers (Sequence[str] | None): Modules of it to read, for models that take ``layers``; those that take one
-            ``layer`` get the last. ``None`` takes strides 8 and 16. ``init_args`` that name a backbone come with
-            their own layers, or with the class's.
+        backbone (str): See `make_model`.
+        layers (Sequence[str] | None): See `make_model`.
         image_size (tuple[int, int]): Height and width of the model's input.
         memo (Memo | None): Where its feature maps are kept, which also makes its blur separable; ``None`` leaves the
             model as anomalib has it, which is slower and gives the same scores.
 
     Returns:
-        AnomalibModule: The model, with its own pre-processing at the given size (normalised as the backbone was
-            trained), without post-processing (which would need a validation set), and with a `ScoreEvaluator`.
+        AnomalibModule: The model, without post-processing (which would need a validation set), and with a
+            `ScoreEvaluator`.
 
     Raises:
         ValueError: If there is no such class, or it can't be built with these arguments on this backbone.
     """
-    model_class = _model_class(spec.class_path)
-    use_offline_weights()
-    accepted = signature(model_class).parameters
-    arguments = dict(spec.init_args)
-    if "backbone" in accepted and "backbone" not in arguments:
-        layers = list(layers or Backbone(backbone, pre_trained=False).layers)
-        shared = {"backbone": backbone, "layers": layers, "layer": layers[-1]}
-        arguments = {name: value for name, value in shared.items() if name in accepted} | arguments
-    where = f" on {arguments['backbone']}" if "backbone" in arguments else ""
-    try:
-        model = model_class(
-            **arguments,
-            pre_processor=_pre_processor(model_class, arguments.get("backbone"), image_size),
-            post_processor=False,
-            evaluator=ScoreEvaluator(),
-            visualizer=False,
-        )
-    except Exception as error:  # upstream's messages don't tell which model they are about
-        msg = f"{model_class.__name__} can't be built{where}: {error}"
-        raise ValueError(msg) from error
+    model = make_model(
+        spec.class_path, spec.init_args, backbone, layers, image_size,
+        post_processor=False, evaluator=ScoreEvaluator(), visualizer=False,
+    )  # fmt: skip
     if memo is not None:
         _take_shortcuts(model, memo)
     return model
-
-
-def _model_class(class_path: str) -> type[AnomalibModule]:
-    module, _, name = class_path.rpartition(".")
-    try:
-        # Not anomalib's get_model, which imports from anomalib alone and does not tell what arguments a class takes.
-        found = getattr(import_module(module or anomalib.models.__name__), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        msg = f"There is no model {class_path!r} ({error}). Give a name in anomalib.models, or a full path."
-        raise ValueError(msg) from error
-    if not (isinstance(found, type) and issubclass(found, AnomalibModule)):
-        msg = f"{class_path} is not an anomalib model: expected a subclass of AnomalibModule."
-        raise ValueError(msg)
-    return found
-
-
-def _pre_processor(
-    model_class: type[AnomalibModule], backbone: str | None, image_size: tuple[int, int]
-) -> PreProcessor:
-    """The model's own at this size; where it normalises for a backbone, as that one was trained."""
-    own = model_class.configure_pre_processor(image_size=tuple(image_size))
-    if backbone is None or not isinstance(own.transform, Compose):
-        return own
-    mean, std = normalization(backbone)
-    right = Normalize(mean=list(mean), std=list(std))
-    parts = [right if isinstance(part, Normalize) else part for part in own.transform.transforms]
-    return type(own)(Compose(parts))
 
 
 def _take_shortcuts(model: AnomalibModule, memo: Memo) -> None:

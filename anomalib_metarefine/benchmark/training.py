@@ -16,12 +16,12 @@ import torch
 from anomalib.callbacks.checkpoint import ModelCheckpoint
 from anomalib.data.utils import read_image
 from anomalib.engine import Engine
-from anomalib.models.components import MemoryBankMixin
-from lightning import LightningModule, seed_everything
+from lightning import seed_everything
 
 from anomalib_metarefine.benchmark.images import MemoisedData
 from anomalib_metarefine.benchmark.machine import PeakMemory
 from anomalib_metarefine.benchmark.models import build, without_shortcuts
+from anomalib_metarefine.model.make import length_of_training, sets_itself_in_validation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,10 +71,6 @@ def train_and_test(
     seed_everything(seed, verbose=False)
     model = build(spec, backbone, layers, image_size, memo)
     data = MemoisedData(train, test, spec.batch_size, image_size, memo)
-    validates = type(model).on_validation_start not in (
-        LightningModule.on_validation_start,
-        MemoryBankMixin.on_validation_start,
-    )
     with tempfile.TemporaryDirectory(prefix="metarefine-bench-") as folder:
         engine = Engine(
             default_root_dir=folder,
@@ -83,8 +79,8 @@ def train_and_test(
             enable_progress_bar=False,
             callbacks=[ModelCheckpoint(save_top_k=0)],  # or the Engine would write every model to disk
             # Some models set a part of themselves in validation; to others it is of no use.
-            limit_val_batches=1.0 if validates else 0,
-            **_length(spec, model),
+            limit_val_batches=1.0 if sets_itself_in_validation(model) else 0,
+            **length_of_training(model, spec.max_epochs, spec.max_steps, f"max_epochs or max_steps of {spec.name}"),
         )
         memo.restart()
         begin, shared = time.perf_counter(), memo.seconds
@@ -113,20 +109,6 @@ def train_and_test(
         "model_mb": sum(part.nbytes for part in [*model.model.parameters(), *model.model.buffers()]) / 1e6,
     }
     return figures, None if refinement is None else list(refinement.rejected)
-
-
-def _length(spec: ModelSpec, model: AnomalibModule) -> dict[str, int]:
-    """What the Engine is told about the length of training; models that know better overrule it."""
-    own = model.trainer_arguments
-    if spec.max_epochs is None and spec.max_steps is None:
-        if own.keys() & {"max_epochs", "max_steps"}:
-            return {}
-        msg = f"{type(model).__name__} does not know when to stop training. Set max_epochs or max_steps of {spec.name}."
-        raise ValueError(msg)
-    return {
-        "max_epochs": -1 if spec.max_epochs is None else spec.max_epochs,
-        "max_steps": -1 if spec.max_steps is None else spec.max_steps,
-    }
 
 
 @torch.inference_mode()

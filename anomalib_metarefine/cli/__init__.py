@@ -20,8 +20,9 @@ from anomalib_metarefine.cli.deployment import DEPLOYMENT
 from anomalib_metarefine.cli.doctor import DOCTOR
 from anomalib_metarefine.cli.meta import META
 from anomalib_metarefine.cli.review import REVIEW
+from anomalib_metarefine.cli.train import TRAIN
 
-_COMMANDS = CURATION | REVIEW | CONVERT | DEPLOYMENT | BENCHMARK | META | DOCTOR
+_COMMANDS = CURATION | REVIEW | CONVERT | TRAIN | DEPLOYMENT | BENCHMARK | META | DOCTOR
 _DESCRIPTION = """\
 Anomaly detection from dirty training folders. Training, testing and export go
 through anomalib: `anomalib train --model MetaRefine --data ...`."""
@@ -29,7 +30,7 @@ _EXIT_CODES = """\
 exit codes:
   0    done, and the answer is yes
   1    done, and the answer is no: curate rejects more than --fail-above, diff
-       finds changes, verify or doctor finds a problem, convert could not read
+       finds changes, train, verify or doctor finds a problem, convert could not read
        every image, bench could not get every data set
   2    the input can't be used; one line on standard error says why
   130  stopped by Ctrl-C

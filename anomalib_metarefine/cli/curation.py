@@ -59,6 +59,12 @@ def _curate_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(setting_names())
     add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help=f"such as shrinkage=0.1; NAME is of {names}")
     add("--bit-depth", type=int, metavar="BITS", help="bits in use of files with more than 8, such as 12")
+    add(
+        "--ignore",
+        type=Path,
+        metavar="FILE",
+        help="regions to ignore: a picture, black there, or polygons",
+    )
     add("--decisions", type=Path, metavar="CSV", help="a person's decisions")
     add("--no-quality", dest="quality", action="store_false", help="skip the search for duplicates, blur and the like")
     add("--fail-above", type=float, metavar="SHARE", help="exit code 1 if a larger share of the images is rejected")
@@ -70,15 +76,16 @@ def _curate(options: argparse.Namespace) -> int:
         raise ValueError(msg)
     require(options.data, "a folder of images, a table of paths, or the YAML of a datamodule")
     refinement = _settings(options)
-    from anomalib_metarefine.curation.decisions import load, read, remember
+    from anomalib_metarefine.curation.decisions import remember
     from anomalib_metarefine.curation.run_folder import locked
+    from anomalib_metarefine.images.answers import load, read
 
     given = read(options.decisions) if options.decisions else None
     with locked(options.out):  # before minutes are spent
         load(options.out)
         from anomalib_metarefine.curation.curate import curate
 
-        names = ["root", "backbone", "seed", "batch_size", "quality", "bit_depth"]
+        names = ["root", "backbone", "seed", "batch_size", "quality", "bit_depth", "ignore"]
         settings = {name: getattr(options, name) for name in names}
         settings["image_size"] = tuple(options.image_size) if options.image_size else None
         if options.extensions:
@@ -121,10 +128,10 @@ def review_arguments(parser: argparse.ArgumentParser) -> None:
 
 def review(options: argparse.Namespace) -> int:
     """Take over a person's decisions from a table, or write one to fill in."""
-    from anomalib_metarefine.curation.decisions import read
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.questions import template
     from anomalib_metarefine.curation.review.finish import finish
+    from anomalib_metarefine.images.answers import read
     from anomalib_metarefine.images.tables import table_text
 
     manifest = Manifest.read(options.manifest)
@@ -168,9 +175,9 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
 def _apply(options: argparse.Namespace) -> int:
     require(options.manifest, MANIFEST)
     from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
-    from anomalib_metarefine.curation.decisions import load
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.review.finish import finish, training_command
+    from anomalib_metarefine.images.answers import load
 
     if load(_folder(options.manifest)):  # answers since the manifest was written
         finish(_folder(options.manifest))

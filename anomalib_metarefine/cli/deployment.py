@@ -30,6 +30,12 @@ def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, metavar="CKPT", help="the calibrated checkpoint; must not exist")
     add("--false-alarm-rate", type=float, default=0.01, metavar="P", help="share of normal images above the threshold")
     add("--confidence", type=float, default=0.95, metavar="P", help="that this is kept")
+    add(
+        "--ignore",
+        type=Path,
+        metavar="FILE",
+        help="regions to ignore: a picture, black there, or polygons; needs --data",
+    )
     add("--model", metavar="NAME", help=_MODEL_HELP)
 
 
@@ -42,8 +48,9 @@ def _calibrate(options: argparse.Namespace) -> int:
 
     images = read_labelled(options.data) if options.data else (None, None)
     found, detection = calibrate_checkpoint(
-        options.checkpoint, options.out, *images, options.false_alarm_rate, options.confidence, options.model
-    )
+        options.checkpoint, options.out, *images, options.false_alarm_rate, options.confidence, options.model,
+        options.ignore,
+    )  # fmt: skip
     aside = f", {found.set_aside} of them set aside as defective" if found.set_aside else ""
     print(f"Threshold {found.threshold:.4g} from {found.images} images{aside}, by the {found.method}.")
     print(f"False alarms: {found.bound:.2%} at most, with a confidence of {found.confidence:.0%}.")

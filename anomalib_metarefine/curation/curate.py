@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 
-from anomalib_metarefine.curation.decisions import load, read
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.report import write_report
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
 from anomalib_metarefine.features.gather import gather, versions
+from anomalib_metarefine.images.answers import load, read
 from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.images.quality import ImageFacts
+from anomalib_metarefine.images.regions import as_text
 from anomalib_metarefine.images.sources import EXTENSIONS, listing
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import Result, refine_images
@@ -87,6 +88,7 @@ def curate(
     decisions: Decisions | Sequence[Decisions] | None = None,
     quality: bool = True,
     bit_depth: int | None = None,
+    ignore: str | Path | None = None,
     memory_limit_mb: float = 2048,
     progress: bool = True,
     **settings: Any,  # noqa: ANN401
@@ -109,6 +111,7 @@ def curate(
             against the rule, and guide the refinement.
         quality (bool): Look for duplicates, blur and bad exposure too.
         bit_depth (int | None): Bits in use of files with more than 8; ``None`` takes those of the file.
+        ignore (str | Path | None): Regions of all images to ignore: a picture or polygons, see `read_regions`.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         progress (bool): Show progress bars.
         **settings (Any): Everything else that `Settings` lists, such as ``rule="iqr"``.
@@ -140,6 +143,7 @@ def curate(
             batch_size=batch_size,
             memory_limit_mb=memory_limit_mb,
             bit_depth=bit_depth,
+            ignore=ignore,
         )
         source, store, seconds = gathered.source, gathered.store, gathered.seconds
         facts = gathered.facts if quality else [replace(fact, findings=()) for fact in gathered.facts]
@@ -151,7 +155,9 @@ def curate(
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
         answers = {place: decision == "keep" for place, decision in decided.items()}
         labels = [source.variants[source.paths[row]] for row in rows] if source.variants else None
-        result = refine_images(store, gathered.grid, chosen, seed, bars, answers=answers, labels=labels)
+        result = refine_images(
+            store, gathered.grid, chosen, seed, bars, answers=answers, labels=labels, looked=gathered.looked
+        )
         seconds["refinement"] = time.perf_counter() - begin
         begin = time.perf_counter()
         names = source.names
@@ -177,10 +183,12 @@ def curate(
             "image_size": list(gathered.image_size),
             "quality": quality,
             "bit_depth": bit_depth,
+            "ignore": None if ignore is None else str(ignore),
             **chosen.as_dict(),
         },
         "data": {"images": len(facts), "sha256": data_sha256(names, [fact.sha256 for fact in facts])},
         "structure": result.structure.summary(),
+        "ignored": None if gathered.looked is None else as_text(gathered.looked, gathered.grid),
         "answers": len(answers),
         "rounds": [
             {"number": number, "fence": r.fence if np.isfinite(r.fence) else None, "rejected": r.rejected}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from anomalib_metarefine.curation.run_folder import read_run
 from anomalib_metarefine.curation.schema import require_inside
-from anomalib_metarefine.refinement.patches import LEAST_REPAIRED, outside_regions
+from anomalib_metarefine.refinement.patches import LEAST_REPAIRED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,7 +111,7 @@ def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> 
     """
     maps, grid = result.maps, result.images.grid
     limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
-    patches = ~outside_regions(result.usual, grid, LEAST_REPAIRED).reshape(-1, *grid)
+    patches = ~result.images.on_grid(result.images.outside_regions(result.usual, LEAST_REPAIRED), True)
     spoilt = np.flatnonzero(patches.any((1, 2)))
     unusual = result.scales.deviations
     if unusual.shape[1] == 0:  # images were not compared
@@ -121,7 +121,7 @@ def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> 
         return Evidence([], np.empty((0, *grid), np.float16), [], [], limits, *rest)
     return Evidence(
         [names[i] for i in shown],
-        maps[torch.from_numpy(shown)].view(-1, *grid).half().numpy(),
+        result.images.on_grid(maps[torch.from_numpy(shown)].half().numpy(), float(maps.min())),
         _nearest(result, names, shown),
         _group(_under_peaks(result.images, maps, shown)),
         limits,
@@ -157,10 +157,10 @@ def _nearest(result: Result, names: Sequence[str], shown: np.ndarray) -> list[st
 
 def _looks(images: Images, rows: np.ndarray) -> torch.Tensor:
     """Pooled whitened embeddings, ``[n x D * 16]``."""
-    parts = [
-        F.adaptive_avg_pool2d(chunk.transpose(1, 2).unflatten(2, images.grid), _COARSE).flatten(1)
-        for _, chunk in images.chunks(rows)
-    ]
+    parts = []
+    for _, chunk in images.chunks(rows):
+        maps = torch.from_numpy(images.on_grid(chunk.transpose(1, 2).flatten(0, 1).numpy(), 0.0))
+        parts.append(F.adaptive_avg_pool2d(maps.unflatten(0, (len(chunk), -1)), _COARSE).flatten(1))
     return torch.cat(parts)
 
 

@@ -21,8 +21,8 @@ from urllib.parse import parse_qs, quote, urlsplit
 import pandas as pd
 from PIL import Image as Pillow
 
-from anomalib_metarefine.curation.decisions import MEANING
 from anomalib_metarefine.curation.schema import DECISIONS
+from anomalib_metarefine.images.answers import MEANING
 
 if TYPE_CHECKING:
     from collections.abc import Callable

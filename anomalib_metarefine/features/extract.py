@@ -14,10 +14,13 @@ from anomalib_metarefine.features.backbone import Backbone, normalization
 from anomalib_metarefine.features.embedding import patch_embeddings
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.images.reading import ImageFile, read_image
+from anomalib_metarefine.images.regions import looked_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    import numpy as np
 
 _AHEAD = 2  # batches decoded ahead of the backbone
 
@@ -31,6 +34,7 @@ def collect_features(
     batch_size: int,
     memory_limit_mb: float,
     read: Callable[[Path], ImageFile | None] = read_image,
+    ignored: np.ndarray | None = None,
 ) -> tuple[FeatureStore, tuple[int, int]]:
     """Read, resize and embed images, as `MetaRefine` does in training.
 
@@ -42,6 +46,7 @@ def collect_features(
         batch_size (int): Images at a time.
         memory_limit_mb (float): See `FeatureStore`.
         read (Callable[[Path], ImageFile | None]): Reads a file, in one of several threads; ``None`` leaves it out.
+        ignored (np.ndarray | None): Mask of regions, see `looked_at`; places in them are not stored.
 
     Returns:
         tuple[FeatureStore, tuple[int, int]]: Embeddings, and rows and columns of patches.
@@ -57,7 +62,10 @@ def collect_features(
     for part, images in _batches(paths, lambda path: _resized(read(path), transform), batch_size):
         maps = backbone(images.to(device))
         grid = tuple(maps[-1].shape[-2:])
-        store.add([str(path) for path in part], patch_embeddings(maps))
+        embeddings = patch_embeddings(maps)
+        if ignored is not None:
+            embeddings = embeddings[:, torch.from_numpy(looked_at(ignored, grid)).to(device)]
+        store.add([str(path) for path in part], embeddings)
     if len(store) == 0:
         if not store.left_out:
             msg = f"None of the {len(paths)} images can be read."

@@ -14,12 +14,14 @@ from anomalib_metarefine.features.extract import collect_features
 from anomalib_metarefine.features.resize import usual_size
 from anomalib_metarefine.images.quality import Descriptor, ImageFacts, describe_file, judge
 from anomalib_metarefine.images.reading import ImageFile, check_bit_depth
+from anomalib_metarefine.images.regions import looked_at, read_regions
 from anomalib_metarefine.images.sources import EXTENSIONS, Source, read_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    import numpy as np
     from anomalib.data import AnomalibDataModule
     from rich.progress import Progress
 
@@ -38,6 +40,7 @@ class Gathered(NamedTuple):
     image_size: tuple[int, int]  # height and width that they were resized to
     store: FeatureStore
     grid: tuple[int, int]  # rows and columns of patches
+    looked: np.ndarray | None  # [rows * columns] mask of the places that are stored; None means all
     seconds: dict[str, float]  # of features, and of looking for duplicates and bad pictures
 
 
@@ -53,6 +56,7 @@ def gather(
     batch_size: int = 32,
     memory_limit_mb: float = 2048,
     bit_depth: int | None = None,
+    ignore: str | Path | None = None,
 ) -> Gathered:
     """Look at images and embed those that can be read; each file is read and decoded once.
 
@@ -68,6 +72,7 @@ def gather(
         batch_size (int): Images at a time in the backbone.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         bit_depth (int | None): Bits in use of files with more than 8; ``None`` takes those of the file.
+        ignore (str | Path | None): File of regions to ignore, see `read_regions`.
 
     Returns:
         Gathered: Images and features.
@@ -77,6 +82,7 @@ def gather(
         ValueError: If no image can be read, or none shows anything.
     """
     check_bit_depth(bit_depth)
+    ignored = None if ignore is None else read_regions(ignore)
     source = read_source(data, root, extensions)
     begin = time.perf_counter()
     size = fitting_size(name, image_size or usual_size(source.paths))
@@ -89,7 +95,7 @@ def gather(
         return image
 
     try:
-        store, grid = collect_features(source.paths, backbone, name, size, batch_size, memory_limit_mb, read)
+        store, grid = collect_features(source.paths, backbone, name, size, batch_size, memory_limit_mb, read, ignored)
     except ValueError as error:
         _check_any_readable(source.paths, described, error)
         raise
@@ -99,7 +105,8 @@ def gather(
     _check_contents([facts[i] for i in readable])
     _warn_of_other_readers(described)
     seconds = {"features": embedded - begin, "quality": time.perf_counter() - embedded}
-    return Gathered(source, facts, readable, size, store, grid, seconds)
+    looked = None if ignored is None else looked_at(ignored, grid)
+    return Gathered(source, facts, readable, size, store, grid, looked, seconds)
 
 
 def versions() -> dict[str, str]:

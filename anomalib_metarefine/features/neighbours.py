@@ -45,6 +45,7 @@ class NearestImages:
             for the rest, so that a patch never scores better for it.
         on_images (Callable[[int], None] | None): Told how many images were done since it was last called.
         variants (np.ndarray | None): ``[N]`` number of each image's variant, for their layouts; ``None`` if one.
+        looked (np.ndarray | None): ``[rows * columns]`` mask of the places that the store has; ``None`` means all.
 
     Attributes:
         distances (np.ndarray): ``[N x P x K]`` half precision, ascending; infinite where there is no other image.
@@ -63,8 +64,9 @@ class NearestImages:
         nearest: int = 24,
         on_images: Callable[[int], None] | None = None,
         variants: np.ndarray | None = None,
+        looked: np.ndarray | None = None,
     ) -> None:
-        self._grid, self._window = grid, window
+        self._grid, self._window, self._looked = grid, window, looked
         generator = torch.Generator().manual_seed(seed)
         count = len(store)
         chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
@@ -144,12 +146,16 @@ class NearestImages:
         """Squared distance to the nearest patch of each reference within the window, ``[P x n x M]``."""
         rows, columns = self._grid
         places = torch.arange(rows * columns).view(rows, columns)
+        looked = torch.ones(rows * columns, dtype=torch.bool) if self._looked is None else torch.tensor(self._looked)
+        patch_at = looked.cumsum(0) - 1
         best = torch.full((len(patches), patches.shape[1], memory.shape[1]), float("inf"))
         farthest_down, farthest_right = min(self._window, rows - 1), min(self._window, columns - 1)
         for down in range(-farthest_down, farthest_down + 1):
             for right in range(-farthest_right, farthest_right + 1):
                 here = places[max(0, -down) : rows - max(0, down), max(0, -right) : columns - max(0, right)].flatten()
                 there = here + down * columns + right
+                both = looked[here] & looked[there]
+                here, there = patch_at[here[both]], patch_at[there[both]]
                 inner = torch.baddbmm(norms[there].unsqueeze(1), patches[here], memory[there].mT, alpha=-2)
                 best[here] = torch.minimum(best[here], inner)
         return (best + patches.square().sum(-1, keepdim=True)).clamp_min_(0)

@@ -15,6 +15,7 @@ from anomalib_metarefine.features.extract import image_tensor
 from anomalib_metarefine.images.reading import check_images
 from anomalib_metarefine.model.checkpoints import KEY, additions, load_checkpoint, new_file, read_checkpoint
 from anomalib_metarefine.model.evaluation import Detection, detect
+from anomalib_metarefine.model.ignoring import ignore_regions
 from anomalib_metarefine.progress import progress_bars
 
 if TYPE_CHECKING:
@@ -243,6 +244,7 @@ def calibrate_checkpoint(
     false_alarm_rate: float = 0.01,
     confidence: float = 0.95,
     model: str | None = None,
+    ignore: str | Path | None = None,
 ) -> CalibratedModel:
     """Write a copy of a checkpoint with calibrated thresholds; everything else in it stays as it is.
 
@@ -254,6 +256,7 @@ def calibrate_checkpoint(
         false_alarm_rate (float): See `calibrate`.
         confidence (float): See `calibrate`.
         model (str | None): See `load_checkpoint`.
+        ignore (str | Path | None): Regions that the copy ignores, see `ignore_regions`; for this, images are needed.
 
     Raises:
         FileExistsError: If ``out`` exists.
@@ -263,6 +266,8 @@ def calibrate_checkpoint(
     check_settings(false_alarm_rate, confidence)
     with new_file(out) as temporary:
         loaded = load_checkpoint(checkpoint, model)
+        if ignore is not None:
+            ignore_regions(loaded, ignore, paths or [])
         found = calibrate_model(loaded, paths, anomalous, false_alarm_rate, confidence, progress=True)
         content = read_checkpoint(checkpoint)
         states = {f"post_processor.{name}": value for name, value in loaded.post_processor.state_dict().items()}

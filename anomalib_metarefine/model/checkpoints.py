@@ -14,9 +14,12 @@ from anomalib.models import AnomalibModule
 from anomalib.utils.serialization import anomalib_safe_globals
 
 from anomalib_metarefine.features.offline import no_pretrained_weights
+from anomalib_metarefine.model.ignoring import Ignoring
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from lightning import Trainer
 
 KEY = "metarefine"  # of a checkpoint: all that this package adds to anomalib's own
 FORMAT = 3  # of what stands under it; no other is read
@@ -31,7 +34,7 @@ def additions(model: AnomalibModule) -> dict[str, Any]:
 
     Args:
         model (AnomalibModule): Its class and its ``calibration``, ``provenance``, ``refinement``, ``training_images``
-            (SHA-256 by path) and ``left_out_scores`` (of all training images) are kept.
+            (SHA-256 by path), ``left_out_scores`` (of all training images) and the regions that it ignores are kept.
     """
     refinement = getattr(model, "refinement", None)
     return {
@@ -42,6 +45,7 @@ def additions(model: AnomalibModule) -> dict[str, Any]:
         "refinement": refinement.to_dict() if refinement else None,
         "training_images": getattr(model, "training_images", {}),
         "left_out_scores": getattr(model, "left_out_scores", []),
+        "ignored": model.model.ignored.cpu() if isinstance(getattr(model, "model", None), Ignoring) else None,
     }
 
 
@@ -127,7 +131,18 @@ def load_checkpoint(path: str | Path, model: str | None = None) -> AnomalibModul
         raise ValueError(msg)
     if not hasattr(loaded, "calibration"):
         loaded.calibration, loaded.provenance = kept.get("calibration"), kept.get("provenance", {})
+        loaded.training_images = kept.get("training_images", {})
+    if kept.get("ignored") is not None:
+        loaded.model = Ignoring(loaded.model, kept["ignored"])
     return loaded.eval()
+
+
+def save_checkpoint(trainer: Trainer, model: AnomalibModule, path: str | Path) -> None:
+    """Lightning's checkpoint of a trained model with our `additions`, whatever model it is."""
+    trainer.save_checkpoint(path)
+    content = read_checkpoint(path)
+    content[KEY] = additions(model)
+    torch.save(content, path)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from anomalib_metarefine.features.resize import exact_export_transform
 from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.images.reading import file_hash
 from anomalib_metarefine.logs import quiet
-from anomalib_metarefine.model.graph import check_batch
+from anomalib_metarefine.model.graph import takes_one_image
 from anomalib_metarefine.model.post_processor import FrozenPostProcessor, score_scales
 from anomalib_metarefine.model.quantization import calibration_images, quantize
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # The opset is the one that torch's exporter writes natively: anomalib asks for 14, the exporter knows 18 and up, and
 # fails to convert the finished graph down.
 ONNX_SETTINGS = {"opset_version": 18, "verbose": False}
+_FREE_SIZES = {2: "height", 3: "width"}  # axes of an image of any size, in a batch of one
 _PACKAGES = ("anomalib-metarefine", "anomalib", "torch", "openvino", "nncf", "onnx", "timm")
 
 
@@ -91,23 +92,27 @@ def export_model(
         Path: The model's file.
 
     Raises:
-        ValueError: If a compression is asked for with another format than OpenVINO, or the graph takes no single image.
+        ValueError: If a compression is asked for with another format than OpenVINO.
     """
     if compression and kind != "openvino":
         msg = f"{compression.name} is for OpenVINO files only, found {kind}. Leave one of the two out."
         raise ValueError(msg)
-    with exportable(model, exact_resize):
+
+    def exported(onnx_settings: dict[str, Any]) -> Path:
         if kind == "torch":
-            path = AnomalibModule.to_torch(model, export_root)
-        elif kind == "onnx":
-            path = AnomalibModule.to_onnx(model, export_root, input_size=input_size, **ONNX_SETTINGS)
-        else:
-            path = AnomalibModule.to_openvino(
-                model, export_root, input_size=input_size, compression_type=compression, datamodule=datamodule,
-                onnx_kwargs=ONNX_SETTINGS,
-            )  # fmt: skip
-    if kind != "torch":
-        check_batch(path)
+            return AnomalibModule.to_torch(model, export_root)
+        if kind == "onnx":
+            return AnomalibModule.to_onnx(model, export_root, input_size=input_size, **onnx_settings)
+        return AnomalibModule.to_openvino(
+            model, export_root, input_size=input_size, compression_type=compression, datamodule=datamodule,
+            onnx_kwargs=onnx_settings,
+        )  # fmt: skip
+
+    with exportable(model, exact_resize):
+        path = exported(ONNX_SETTINGS)
+        if kind != "torch" and not takes_one_image(path):
+            # anomalib traces a model on two images, and what PatchCore does with them is fixed to two.
+            path = exported(ONNX_SETTINGS | {"dynamic_axes": {} if input_size else {"input": _FREE_SIZES}})
     write_metadata(model, path, kind, precision_of(compression), input_size, exact_resize)
     return path
 

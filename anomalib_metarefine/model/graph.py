@@ -65,21 +65,10 @@ class Graph:
         return GraphScores(float(score.max()), float(anomaly_map.max()), bool(answer["pred_label"].reshape(-1)[0]))
 
 
-def check_batch(file: Path) -> None:
-    """Refuse a graph that takes no single image.
-
-    anomalib's export for any size traces a model on two images, and what PatchCore does with them is fixed to two.
-
-    Raises:
-        ValueError: If it takes batches of another length only.
-    """
+def takes_one_image(file: Path) -> bool:
+    """Whether a graph takes batches of one."""
     batch = ov.Core().read_model(file).input(0).partial_shape[0]
-    if batch.is_static and batch.get_length() != 1:
-        msg = (
-            f"{file} takes batches of {batch.get_length()} images only: this model can't be exported for images of any "
-            "size. Export it for one size (--input-size H W), and give it images of that size."
-        )
-        raise ValueError(msg)
+    return bool(batch.is_dynamic or batch.get_length() == 1)
 
 
 def _precision(network: ov.Model) -> str:

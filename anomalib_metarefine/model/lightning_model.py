@@ -31,7 +31,9 @@ from anomalib_metarefine.features.backbone import fitting_size, normalization
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
 from anomalib_metarefine.features.resize import ExactPreProcessor
 from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.images.answers import load
 from anomalib_metarefine.images.reading import check_bit_depth, check_images
+from anomalib_metarefine.images.regions import as_text, read_regions
 from anomalib_metarefine.logs import log_once
 from anomalib_metarefine.meta.maml import get_learner
 from anomalib_metarefine.model.calibration import calibrate_model
@@ -39,7 +41,12 @@ from anomalib_metarefine.model.checkpoints import KEY, additions, check_format
 from anomalib_metarefine.model.export import VerifiableExport, data_hashes
 from anomalib_metarefine.model.initialisation import SharedInitialisation
 from anomalib_metarefine.model.torch_model import MetaRefineModel
-from anomalib_metarefine.model.training_images import TrainingImages, give_resize_to, warn_if_squashed
+from anomalib_metarefine.model.training_images import (
+    TrainingImages,
+    answers_about,
+    give_resize_to,
+    warn_if_squashed,
+)
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import refine_images
 from anomalib_metarefine.refinement.fitting import image_scores
@@ -70,6 +77,10 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         bit_depth (int | None): Bits in use of the line's files with more than 8, such as 12; it goes into exported
             models. Training images of such files are those of `metarefine convert` with the same bit depth.
         init_from (str | Path | None): File of `metarefine meta-train` to start from, instead of meta-training here.
+        decisions (str | Path | None): Output folder of `metarefine curate` or its ``decisions.csv``: what a person
+            decided about training images holds against the rule, and guides refinement. Images are known by content.
+        ignore (str | Path | None): File of regions that are not looked at, in no image: a picture, black there, or
+            polygons (`read_regions`). They lie in the whole image, which the ``pre_processor`` must not crop.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
             backbone was trained.
@@ -123,6 +134,8 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         patch_fence: float = _DEFAULTS.patch_fence,
         bit_depth: int | None = None,
         init_from: str | Path | None = None,
+        decisions: str | Path | None = None,
+        ignore: str | Path | None = None,
         memory_limit_mb: float = 2048,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
@@ -145,6 +158,8 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.settings, self.bit_depth = settings, bit_depth
         self.size_follows_images = size_follows  # once training begins
         self._backbone, self._init_from = backbone, init_from
+        self._decisions, self._decided = decisions, {}
+        self._ignore = ignore
         self._shared: SharedInitialisation | None = None
         self.refinement: Refinement | None = None
         self.calibration: dict[str, Any] | None = None
@@ -184,13 +199,20 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         logger.info("Images are resized to %d x %d pixels (height x width), the shape of most of them.", *fitting)
 
     def on_fit_start(self) -> None:
-        """Fail now, before the pass over the images, if meta-learning can't have what it needs."""
+        """Fail now, before the pass over the images, if `fit` can't have what it needs."""
         if self._is_fitted:  # from a checkpoint, which does without both
             return
         get_learner(self.settings.meta_backend)
         if self._init_from:
             self._shared = SharedInitialisation.load(self._init_from)
             self._shared.require_same(self.model.backbone, self._backbone, self.model.flow)
+        if self._ignore:
+            self.model.ignored = read_regions(self._ignore)
+        if self._decisions:
+            self._decided = load(self._decisions)
+            if not self._decided:
+                msg = f"There are no decisions in {self._decisions}. Review the folder first (metarefine review)."
+                raise FileNotFoundError(msg)
 
     def training_step(self, batch: Batch, *_args: Any, **_settings: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Collect the features of a batch ``[B x 3 x H x W]``; the loss is a dummy, nothing is learned before `fit`."""
@@ -214,6 +236,10 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             raise ValueError(msg)
         seed = torch.initial_seed() % 2**63
         self._store.sort()
+        if not self.training_images:  # they came from dataloaders, not from a datamodule
+            paths = [path for path in self._store.paths if Path(path).is_file()]
+            self.training_images = check_images(paths, self.bit_depth).hashes
+        answers = answers_about(self._store.paths, self.training_images, self._decided)
         with (
             progress_bars(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,
             torch.inference_mode(mode=False),
@@ -221,18 +247,23 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         ):
             start = self._shared.start(self.model.flow) if self._shared else None
             result = refine_images(
-                self._store, self._grid, self.settings, seed, progress, start=start, log=self._log_figures
-            )
+                self._store, self._grid, self.settings, seed, progress,
+                start=start, answers=answers, looked=self.model.looked, log=self._log_figures,
+            )  # fmt: skip
         self.model.load_density(result.density, self._grid)
         self.model.to(self.device)
         left_out = result.refinement.left_out | self._images.unreadable
         self.refinement = replace(result.refinement, left_out=left_out)
         self.left_out_scores = image_scores(result.maps, self.settings.tail).tolist()
-        if not self.training_images:  # they came from dataloaders, not from a datamodule
-            paths = [path for path in self.refinement.paths if Path(path).is_file()]
-            self.training_images = check_images(paths, self.bit_depth).hashes
         variants = len(result.density.gaussians)
-        self.provenance = {"seed": seed, "variants": variants, **data_hashes(self.refinement, self.training_images)}
+        looked = self.model.looked
+        self.provenance = {
+            "seed": seed,
+            "variants": variants,
+            "answers": len(answers),
+            "ignored": None if looked is None else as_text(looked, self._grid),
+            **data_hashes(self.refinement, self.training_images),
+        }
         if isinstance(self.post_processor, PostProcessor):  # of a model that is never validated
             try:
                 calibrate_model(self)

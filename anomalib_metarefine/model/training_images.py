@@ -12,7 +12,7 @@ from anomalib_metarefine.features.resize import suggested_size, usual_size
 from anomalib_metarefine.images.reading import check_images, header_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from anomalib.data import AnomalibDataModule, Batch
     from lightning.pytorch import LightningModule, Trainer
@@ -100,6 +100,27 @@ class TrainingImages(Callback):
     def _give_back_data(self, trainer: Trainer) -> None:
         if self._train_data is not None:
             trainer.datamodule.train_data, self._train_data = self._train_data, None
+
+
+def answers_about(paths: Sequence[str], hashes: Mapping[str, str], decided: Mapping[str, str]) -> dict[int, bool]:
+    """What a person said about training images: whether to keep each, by its number in ``paths``.
+
+    Args:
+        paths (Sequence[str]): The training images.
+        hashes (Mapping[str, str]): Their SHA-256, by path.
+        decided (Mapping[str, str]): keep or reject, by SHA-256.
+
+    Raises:
+        ValueError: If there are decisions, and none is about any of the images.
+    """
+    found = {row: decided[hashes[path]] == "keep" for row, path in enumerate(paths) if hashes.get(path) in decided}
+    if decided and not found:
+        msg = (
+            f"None of the {len(decided)} decisions is about one of the {len(paths)} training images: they are known by "
+            "their content. Pass the decisions of this folder, or leave them out."
+        )
+        raise ValueError(msg)
+    return found
 
 
 def warn_if_squashed(batch: Batch) -> None:

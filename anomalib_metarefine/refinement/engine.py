@@ -24,7 +24,7 @@ from anomalib_metarefine.refinement.fitting import (
     patch_scores,
 )
 from anomalib_metarefine.refinement.likeness import FEWEST_IMAGES, deviations, likeness
-from anomalib_metarefine.refinement.patches import LEAST_REGION, keeps_order, outside_regions, usual_patches
+from anomalib_metarefine.refinement.patches import LEAST_REGION, keeps_order, usual_patches
 from anomalib_metarefine.refinement.rounds import Refinement, Round, record, run_rounds
 from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.refinement.scales import Scales
@@ -101,6 +101,7 @@ def refine_images(
     start: tuple[Whitening, PatchFlow, Parameters] | None = None,
     answers: Mapping[int, bool] | None = None,
     labels: Sequence[str] | None = None,
+    looked: np.ndarray | None = None,
     log: Callable[[dict[str, float], int], None] = lambda _figures, _step: None,
 ) -> Result:
     """Meta-train, find out what kind of folder it is, refine, and fit the final density.
@@ -115,6 +116,7 @@ def refine_images(
             flow that it was learned with; ``None`` learns one on the store.
         answers (Mapping[int, bool] | None): Rows that a person has decided to keep (true) or to reject.
         labels (Sequence[str] | None): The user's name for the variant of each row, for ``variants="column"``.
+        looked (np.ndarray | None): See `Images`.
         log (Callable[[dict[str, float], int], None]): Receives figures and their step.
 
     Returns:
@@ -125,8 +127,8 @@ def refine_images(
     """
     rule = get_rule(settings.rule)
     given = _given(store, settings, labels)
-    neighbours, structure = _compare(store, grid, given, settings, seed, progress)
-    images, flow, initial = _beginning(store, grid, structure.variants, settings, seed, progress, start, log)
+    neighbours, structure = _compare(store, grid, given, settings, seed, progress, looked)
+    images, flow, initial = _beginning(store, grid, structure.variants, looked, settings, seed, progress, start, log)
     score = _Scorer(images, flow, initial, neighbours, structure, settings, seed, answers or {})
     task = progress.add_task("refinement", total=settings.rounds + 1)
 
@@ -207,7 +209,7 @@ class _Scorer:
         if looks_usual.all():
             return
         everything, outside = np.ones(usual.shape, dtype=bool), np.ones(usual.shape, dtype=bool)
-        outside[own] = outside_regions(looks_usual[own], self.images.grid, LEAST_REGION)
+        outside[own] = self.images.outside_regions(looks_usual[own], LEAST_REGION)
         before, after = (gaussian_scores(self.images, kept, mask, self.settings) for mask in (everything, outside))
         if keeps_order(before, after):
             learned &= outside
@@ -234,6 +236,7 @@ def _beginning(
     store: FeatureStore,
     grid: tuple[int, int],
     variants: np.ndarray,
+    looked: np.ndarray | None,
     settings: Settings,
     seed: int,
     progress: Progress,
@@ -242,9 +245,9 @@ def _beginning(
 ) -> tuple[Images, PatchFlow, Parameters]:
     if start is not None:
         whitening, flow, initial = start
-        return Images(store, whitening, grid, variants), flow, initial
+        return Images(store, whitening, grid, variants, looked), flow, initial
     flow = new_flow(store.shape[1], settings.dimensions, settings.blocks, settings.hidden, seed_for(seed, "flow"))
-    images = Images(store, fit_whitening([store], flow.dimensions, seed), grid, variants)
+    images = Images(store, fit_whitening([store], flow.dimensions, seed), grid, variants, looked)
     return images, flow, learn_initialisation([images], flow, settings, seed, progress, log)
 
 
@@ -255,6 +258,7 @@ def _compare(
     settings: Settings,
     seed: int,
     progress: Progress,
+    looked: np.ndarray | None,
 ) -> tuple[NearestImages | None, Structure]:
     """The images compared with each other, unless nothing is rejected anyway."""
     count = len(store)
@@ -269,6 +273,7 @@ def _compare(
         settings.neighbour_window,
         settings.references,
         on_images=lambda done: progress.update(task, advance=done),
+        looked=looked,
         variants=given.numbers if given else None,
     )
     structure = find_structure(

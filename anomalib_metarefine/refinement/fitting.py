@@ -25,6 +25,7 @@ from anomalib_metarefine.features.embedding import Whitening, image_score
 from anomalib_metarefine.meta.episodes import Category, draw_patches
 from anomalib_metarefine.meta.maml import get_learner
 from anomalib_metarefine.meta.training import meta_train
+from anomalib_metarefine.refinement.patches import outside_regions
 from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:
@@ -50,17 +51,34 @@ class Images:
         whitening (Whitening): Global whitening.
         grid (tuple[int, int]): Rows and columns of patches.
         variants (np.ndarray | None): ``[N]`` number of each image's variant; ``None`` if there is one.
+        looked (np.ndarray | None): ``[rows * columns]`` mask of the places that are not ignored, of which the store
+            has the ``P`` patches; ``None`` means all.
     """
 
     store: FeatureStore
     whitening: Whitening
     grid: tuple[int, int]
     variants: np.ndarray | None = None
+    looked: np.ndarray | None = None
 
     @property
     def positions(self) -> torch.Tensor:
         """Codes of the places, ``[P x 16]``."""
-        return position_code(*self.grid)
+        codes = position_code(*self.grid)
+        return codes if self.looked is None else codes[torch.from_numpy(self.looked)]
+
+    def on_grid(self, values: np.ndarray, ignored: float | bool) -> np.ndarray:
+        """Values of patches ``[n x P]`` as maps ``[n x rows x columns]``, with a value for places that are ignored."""
+        if self.looked is None:
+            return values.reshape(-1, *self.grid)
+        maps = np.full((len(values), len(self.looked)), ignored, dtype=values.dtype)
+        maps[:, self.looked] = values
+        return maps.reshape(-1, *self.grid)
+
+    def outside_regions(self, usual: np.ndarray, least: int) -> np.ndarray:
+        """See `patches.outside_regions`, ``[N x P]``; what is ignored is no part of a region."""
+        outside = outside_regions(self.on_grid(usual, True).reshape(len(usual), -1), self.grid, least)
+        return outside if self.looked is None else outside[:, self.looked]
 
     def groups(self, kept: np.ndarray) -> np.ndarray:
         """Number of the Gaussian that each image counts for, ``[N]``: one for each variant.

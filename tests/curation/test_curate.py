@@ -239,3 +239,21 @@ def test_q_values_are_those_of_the_rule_that_decided(dirty):
     found = curate(dirty, rule="auto:tail=3", quality=False, **SMALL).manifest.table
     scales = Scales(found.score.to_numpy(), found.likeness.to_numpy(), (found.decision != "reject").to_numpy())
     np.testing.assert_allclose(found.q_value, q_values(scales, 3))
+
+
+def test_ignored_regions_are_in_no_score_and_no_map(dirty, tmp_path):
+    """All defects lie in the middle of a part, and that is ignored here. Features see a little of it from around."""
+    regions = tmp_path / "regions.json"
+    regions.write_text(json.dumps([[[0.16, 0.16], [0.84, 0.16], [0.84, 0.84], [0.16, 0.84]]]))
+    manifest, evidence = curate(dirty, ignore=regions, **SMALL)
+    assert manifest.run["ignored"] == ["......", ".####.", ".####.", ".####.", ".####.", "......"]
+    assert manifest.run["settings"]["ignore"] == str(regions)
+    everything, _ = curate(dirty, **SMALL)
+    assert everything.run["ignored"] is None
+    ignoring, looking = (
+        found.table.set_index("image_path").score[sorted(bad(found))] for found in (manifest, everything)
+    )
+    assert ignoring.max() < looking.min() / 5
+    assert evidence.maps.shape[1:] == (6, 6)
+    np.testing.assert_array_equal(evidence.maps[:, 1:5, 1:5], evidence.maps.min())
+    assert not evidence.unusual[:, 1:5, 1:5].any()

@@ -3,9 +3,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pandas as pd
 import pytest
 
-from anomalib_metarefine.curation.decisions import Answer, append, decide, load, read, remember
+from anomalib_metarefine.curation.decisions import append, decide, remember
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.questions import template
+from anomalib_metarefine.images.answers import Answer, load, read
 from tests.curation.test_manifest import make_manifest
 
 NAMES = [f"{i}.png" for i in range(6)]

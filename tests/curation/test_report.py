@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from anomalib_metarefine.curation import charts, report
-from anomalib_metarefine.curation.decisions import read
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.pictures import thumbnail
 from anomalib_metarefine.curation.report import write_report
+from anomalib_metarefine.images.answers import read
 from tests.curation.made_up import ODD_NAMES, make, unusual_in
 
 

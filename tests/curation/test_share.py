@@ -9,9 +9,10 @@ import pytest
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.cli import review as command
 from anomalib_metarefine.curation.curate import Curation
-from anomalib_metarefine.curation.decisions import decide, load
+from anomalib_metarefine.curation.decisions import decide
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.share import TOOLS, read, write
+from anomalib_metarefine.images.answers import load
 from tests.curation.made_up import ODD_NAMES, make
 
 

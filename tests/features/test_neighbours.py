@@ -126,3 +126,20 @@ def test_distance_of_an_image_is_that_of_its_most_distant_patches():
     mean = found.episodic(kept)[0]
     np.testing.assert_allclose(found.image_distances(kept, 1.0), mean.mean(1), rtol=1e-5)
     np.testing.assert_allclose(found.image_distances(kept, 1e-6), mean.max(1).values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_ignored_places_are_compared_with_nothing(window):
+    everything = store(6).images()
+    looked = np.ones(12, dtype=bool)
+    looked[[0, 5, 6, 11]] = False
+    data, hidden = FeatureStore(), everything.clone()
+    data.add([f"{i}.png" for i in range(6)], everything[:, looked])
+    hidden[:, ~looked] = 1e6
+    found = compare(data, window=window, looked=looked)
+    assert found.distances.shape[1] == 8
+    for i, (row, patch) in itertools.product(range(6), enumerate(np.flatnonzero(looked))):
+        expected = {j: nearest_in_window(hidden, i, j, patch, window) for j in range(6) if j != i}
+        nearest = found.images[i, row][:5].tolist()
+        assert nearest == sorted(expected, key=expected.get)
+        assert found.distances[i, row, 0] == pytest.approx(expected[nearest[0]], rel=2e-3)

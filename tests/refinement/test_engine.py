@@ -36,10 +36,12 @@ def store_of(images: torch.Tensor, order: list[int] | None = None) -> FeatureSto
     return store
 
 
-def refined(images: torch.Tensor | FeatureStore, seed: int = 0, answers=None, start=None, **changes):
+def refined(images: torch.Tensor | FeatureStore, seed: int = 0, answers=None, start=None, looked=None, **changes):
     store = images if isinstance(images, FeatureStore) else store_of(images)
     settings = Settings(**SMALL | changes)
-    return refine_images(store, GRID, settings, seed, Progress(disable=True), answers=answers, start=start)
+    return refine_images(
+        store, GRID, settings, seed, Progress(disable=True), answers=answers, start=start, looked=looked
+    )
 
 
 def test_the_default_rule_finds_a_defect_that_recurs_and_rejects_nothing_of_a_clean_set():
@@ -215,3 +217,25 @@ def test_images_of_a_variant_that_cannot_be_compared_are_not_judged():
     assert np.flatnonzero(~found.kept).tolist() == list(range(12))
     assert np.isnan(found.scales.likeness[100:]).all()
     assert found.usual[100:].all()
+
+
+def test_what_lies_in_ignored_places_changes_nothing():
+    looked = np.ones(PLACES, dtype=bool)
+    looked[:6] = looked[11] = False
+    images = embeddings(100, dirty=12)
+    found = refined(images[:, looked], looked=looked, patch_fence=1.0)
+    assert found.maps.shape == found.usual.shape == (100, PLACES - 7)
+    assert np.flatnonzero(~found.kept).tolist() == list(range(12))
+    maps = found.images.on_grid(found.maps.numpy(), -1.0)
+    assert maps.shape == (100, *GRID)
+    assert (maps[:, 0] == -1).all()
+    assert (maps[:, 1, 5] == -1).all()
+    np.testing.assert_array_equal(maps.reshape(100, -1)[:, looked], found.maps.numpy())
+
+
+def test_to_ignore_no_place_is_to_look_at_all():
+    images = embeddings(100, dirty=12)
+    everywhere = np.ones(PLACES, dtype=bool)
+    one, other = (refined(images, looked=looked, rule="count:0") for looked in (None, everywhere))
+    assert one.refinement == other.refinement
+    assert one.refinement.unusual_patches > 0

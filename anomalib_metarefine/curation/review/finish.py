@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anomalib_metarefine.curation.curate import Curation
-from anomalib_metarefine.curation.decisions import decide, load, remember, taken_back
+from anomalib_metarefine.curation.decisions import decide, remember
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.session import Session
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, locked
+from anomalib_metarefine.images.answers import load, taken_back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

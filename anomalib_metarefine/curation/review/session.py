@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anomalib_metarefine.curation.decisions import DECISIONS_FILE, Answer, append, load
+from anomalib_metarefine.curation.decisions import append
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.order import directions, kernel_features, reorder
 from anomalib_metarefine.curation.review.pages import PAGES_FILE, Entry, Page, append_page, read_pages
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE
 from anomalib_metarefine.curation.stopping import Forecast, Look, Standing, forecast, standing
+from anomalib_metarefine.images.answers import DECISIONS_FILE, Answer, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

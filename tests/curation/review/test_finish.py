@@ -4,10 +4,11 @@ import pytest
 
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.curate import Curation
-from anomalib_metarefine.curation.decisions import Answer, append
+from anomalib_metarefine.curation.decisions import append
 from anomalib_metarefine.curation.manifest import Manifest, file_sha256
 from anomalib_metarefine.curation.review.finish import apply_command, finish, training_command
 from anomalib_metarefine.curation.review.session import Session
+from anomalib_metarefine.images.answers import Answer
 from tests.curation.made_up import make
 
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("starlette", reason="The extra `review` is not installed.")
 
 from anomalib_metarefine.curation.curate import Curation
-from anomalib_metarefine.curation.decisions import DECISIONS_FILE, load
+from anomalib_metarefine.images.answers import DECISIONS_FILE, load
 from tests.curation.made_up import ODD_NAMES, make
 
 ODD = [*ODD_NAMES, "<img src=x onerror=alert(1)>.png", "缺陷 样品.png", 'it\'s "quoted".png']

@@ -13,11 +13,12 @@ from PIL import Image
 pytest.importorskip("starlette", reason="The extra `review` is not installed.")
 
 from anomalib_metarefine.curation.curate import Curation
-from anomalib_metarefine.curation.decisions import DECISIONS_FILE, Answer, append, load
+from anomalib_metarefine.curation.decisions import append
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.pages import PAGES_FILE
 from anomalib_metarefine.curation.review.server import make_app
 from anomalib_metarefine.curation.review.session import PAGE_SIZE, Session
+from anomalib_metarefine.images.answers import DECISIONS_FILE, Answer, load
 from tests.curation.made_up import make
 
 HOST = "127.0.0.1:8000"
