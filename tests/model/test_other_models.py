@@ -108,7 +108,9 @@ def test_inferencers_of_anomalib(exported, plates, tmp_path, monkeypatch):
 
 def test_model_api_of_intel(exported, plates):
     """It gives the pixels of a file to the graph as they are, and returns what the graph says."""
-    models = pytest.importorskip("model_api.models", reason="needs openvino-model-api")
+    models = pytest.importorskip(
+        "model_api.models", reason="needs openvino-model-api, which brings an OpenCV of its own"
+    )
     adapters = pytest.importorskip("model_api.adapters")
     model, file = exported
     adapter = adapters.OpenvinoAdapter(ov.Core(), str(file), device="CPU", plugin_config=EXACT)
