@@ -46,6 +46,7 @@ class NearestImages:
         on_images (Callable[[int], None] | None): Told how many images were done since it was last called.
         variants (np.ndarray | None): ``[N]`` number of each image's variant, for their layouts; ``None`` if one.
         looked (np.ndarray | None): ``[rows * columns]`` mask of the places that the store has; ``None`` means all.
+        rows (np.ndarray | None): ``[N]`` rows of the store of the images to compare; ``None`` compares all.
 
     Attributes:
         distances (np.ndarray): ``[N x P x K]`` half precision, ascending; infinite where there is no other image.
@@ -65,6 +66,7 @@ class NearestImages:
         on_images: Callable[[int], None] | None = None,
         variants: np.ndarray | None = None,
         looked: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
     ) -> None:
         self._grid, self._window, self._looked = grid, window, looked
         generator = torch.Generator().manual_seed(seed)
@@ -80,20 +82,21 @@ class NearestImages:
         norms = memory.square().sum(-1)
         patches, kept = len(memory), min(nearest, len(chosen))
         self._remembers_all = kept == len(chosen)
-        self.distances = np.empty((count, patches, kept), dtype=np.float16)
-        self.images = np.empty((count, patches, kept), dtype=np.int32)
-        for start in range(0, count, _CHUNK):
-            rows = np.arange(start, min(start + _CHUNK, count))
-            squared = self._compare(self._project(store.images(rows)), memory, norms)
-            own = torch.from_numpy(rows[:, None] == chosen[None])
+        compared = np.arange(count) if rows is None else rows
+        self.distances = np.empty((len(compared), patches, kept), dtype=np.float16)
+        self.images = np.empty((len(compared), patches, kept), dtype=np.int32)
+        for start in range(0, len(compared), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            squared = self._compare(self._project(store.images(compared[part])), memory, norms)
+            own = torch.from_numpy(compared[part, None] == chosen[None])
             squared.masked_fill_(own.unsqueeze(0), float("inf"))
             values, columns = squared.topk(kept, dim=2, largest=False)
             # Infinity means that there is no such image, so no distance may become infinite by being rounded.
             values = torch.where(values.isinf(), values, values.sqrt().clamp_max(_FARTHEST))
-            self.distances[rows] = values.half().transpose(0, 1).numpy()
-            self.images[rows] = chosen[columns.transpose(0, 1).numpy()]
+            self.distances[part] = values.half().transpose(0, 1).numpy()
+            self.images[part] = chosen[columns.transpose(0, 1).numpy()]
             if on_images:
-                on_images(len(rows))
+                on_images(values.shape[1])
 
     def episodic(self, kept: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Distance of every patch to the nearest like it in a random half of the other images of a set.
@@ -102,13 +105,13 @@ class NearestImages:
         second decides with 1/4, the third with 1/8: mean and standard deviation over *all* support sets in closed form.
 
         Args:
-            kept (np.ndarray): ``[N]`` mask of the set.
+            kept (np.ndarray): Mask of the set, over the rows of the store.
 
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Mean and standard deviation, ``[N x P]`` each; zero where there is no
                 other image at all.
         """
-        results = [self._episodic(slice(i, i + _CHUNK), kept) for i in range(0, len(kept), _CHUNK)]
+        results = [self._episodic(slice(i, i + _CHUNK), kept) for i in range(0, len(self.distances), _CHUNK)]
         mean, deviation = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*results, strict=True))
         return mean, deviation
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 FEW_LEFT_OUT = 60  # training images; with fewer, what left-out scores promise is not kept (docs/threshold.md)
 _BATCH = 16  # images
+FROM_TRAINING = "leave-one-out scores of the training images"
 
 
 class RawScores(NamedTuple):
@@ -190,7 +191,7 @@ def calibrate_model(
                 "with 20 nearly all normal images were called anomalous. Calibrate on normal images that the model has "
                 "not seen: metarefine calibrate CKPT --data DATA --out NEW.", len(scores.image),
             )  # fmt: skip
-        source = "leave-one-out scores of the training images"
+        source = FROM_TRAINING
     else:
         usable = unseen(paths, getattr(model, "training_images", {}), getattr(model, "bit_depth", None))
         known = np.zeros(len(usable), dtype=bool) if anomalous is None else np.asarray(anomalous)[usable]

@@ -34,9 +34,10 @@ def additions(model: AnomalibModule) -> dict[str, Any]:
 
     Args:
         model (AnomalibModule): Its class and its ``calibration``, ``provenance``, ``refinement``, ``training_images``
-            (SHA-256 by path), ``left_out_scores`` (of all training images) and the regions that it ignores are kept.
+            (SHA-256 by path), ``left_out_scores`` (of all training images), ``memory`` and the regions that it ignores
+            are kept.
     """
-    refinement = getattr(model, "refinement", None)
+    refinement, memory = getattr(model, "refinement", None), getattr(model, "memory", None)
     return {
         "format": FORMAT,
         "model": type(model).__name__,
@@ -46,6 +47,7 @@ def additions(model: AnomalibModule) -> dict[str, Any]:
         "training_images": getattr(model, "training_images", {}),
         "left_out_scores": getattr(model, "left_out_scores", []),
         "ignored": model.model.ignored.cpu() if isinstance(getattr(model, "model", None), Ignoring) else None,
+        "memory": memory.to_dict() if memory else None,
     }
 
 

@@ -181,7 +181,7 @@ def sidecar_of(
         },
         image_score=image_score,
         anomaly_map=anomaly_map,
-        calibration=_calibration_in_force(getattr(model, "calibration", None), model.post_processor),
+        calibration=calibration_in_force(getattr(model, "calibration", None), model.post_processor),
         training={
             "images": len(refinement.kept) if refinement else None,
             "kept": sum(refinement.kept) if refinement else None,
@@ -248,9 +248,7 @@ def data_hashes(refinement: Refinement, hashes: Mapping[str, str]) -> dict[str, 
     return {"data_sha256": data_sha256(contents, contents), "manifest_sha256": data_sha256(contents, decisions)}
 
 
-def _calibration_in_force(
-    calibration: dict[str, Any] | None, post_processor: nn.Module | None
-) -> dict[str, Any] | None:
+def calibration_in_force(calibration: dict[str, Any] | None, post_processor: nn.Module | None) -> dict[str, Any] | None:
     """How the threshold in the graph was chosen; ``None`` if by a validation since."""
     if calibration is None or not isinstance(post_processor, PostProcessor):
         return None

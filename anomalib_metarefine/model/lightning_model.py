@@ -8,10 +8,10 @@ References:
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from anomalib import LearningType
@@ -38,8 +38,10 @@ from anomalib_metarefine.logs import log_once
 from anomalib_metarefine.meta.maml import get_learner
 from anomalib_metarefine.model.calibration import calibrate_model
 from anomalib_metarefine.model.checkpoints import KEY, additions, check_format
+from anomalib_metarefine.model.explain import Explanation, explain
 from anomalib_metarefine.model.export import VerifiableExport, data_hashes
 from anomalib_metarefine.model.initialisation import SharedInitialisation
+from anomalib_metarefine.model.memory import Memory
 from anomalib_metarefine.model.torch_model import MetaRefineModel
 from anomalib_metarefine.model.training_images import (
     TrainingImages,
@@ -47,11 +49,16 @@ from anomalib_metarefine.model.training_images import (
     give_resize_to,
     warn_if_squashed,
 )
+from anomalib_metarefine.model.update import update
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import refine_images
 from anomalib_metarefine.refinement.fitting import image_scores
 from anomalib_metarefine.refinement.rounds import Refinement
 from anomalib_metarefine.settings import Settings, setting_names, settings_docstring
+
+if TYPE_CHECKING:
+    from anomalib_metarefine.model.outcome import Update
+    from anomalib_metarefine.refinement.engine import Result
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +89,8 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         ignore (str | Path | None): File of regions that are not looked at, in no image: a picture, black there, or
             polygons (`read_regions`). They lie in the whole image, which the ``pre_processor`` must not crop.
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
+        remember_mb (float): Megabytes of features that the checkpoint may hold, so that the model can be updated
+            without the images (``update``); 0 leaves them out. ``print(model)`` tells how many it holds.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
             backbone was trained.
         post_processor (nn.Module | bool): See anomalib.
@@ -137,6 +146,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         decisions: str | Path | None = None,
         ignore: str | Path | None = None,
         memory_limit_mb: float = 2048,
+        remember_mb: float = 256,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -164,7 +174,9 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.refinement: Refinement | None = None
         self.calibration: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
-        self._memory_limit_mb, self._store = memory_limit_mb, FeatureStore(memory_limit_mb)
+        self.memory: Memory | None = None
+        self._memory_limit_mb, self._remember_mb = memory_limit_mb, remember_mb
+        self._store = FeatureStore(memory_limit_mb)
         self._grid: tuple[int, int] | None = None
         self.training_images: dict[str, str] = {}
         self.left_out_scores: list[float] = []
@@ -264,6 +276,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             "ignored": None if looked is None else as_text(looked, self._grid),
             **data_hashes(self.refinement, self.training_images),
         }
+        self._remember(result)
         if isinstance(self.post_processor, PostProcessor):  # of a model that is never validated
             try:
                 calibrate_model(self)
@@ -328,8 +341,41 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.refinement = Refinement.from_dict(kept["refinement"]) if kept["refinement"] else None
         for name in ("calibration", "provenance", "training_images", "left_out_scores"):
             setattr(self, name, kept[name])
+        self.memory = Memory.from_dict(kept["memory"]) if kept.get("memory") else None
         if self._trainer is not None:
             give_resize_to(self.trainer.datamodule)
+
+    def update(
+        self,
+        add: Iterable[str | Path] = (),
+        forget: Iterable[str | Path] = (),
+        answers: Mapping[str, bool] | None = None,
+        reconsider: bool = False,
+    ) -> Update:
+        """Add images and make the model forget some, without the others at hand; see `model.update.update`."""
+        return update(self, add, forget, answers, reconsider)
+
+    def explain(self, image: str | Path) -> Explanation:
+        """Why an image has its score; see `model.explain.explain`."""
+        return explain(self, image)
+
+    def extra_repr(self) -> str:
+        """What is remembered of the training images."""
+        held = f"{len(self.memory.embeddings)} images, {self.memory.megabytes:.1f} MB" if self.memory else "no images"
+        return f"(remembers): {held}"
+
+    def _remember(self, result: Result) -> None:
+        rows, (patches, channels) = len(self._store), self._store.shape
+        size = rows * patches * channels * 2 / 2**20  # half precision
+        if self.model.looked is not None:
+            logger.warning("The model can't be updated later: it ignores regions, which updates don't know of yet.")
+        elif size <= self._remember_mb:
+            self.memory = Memory.of(result)
+        elif self._remember_mb > 0:
+            logger.warning(
+                "The model can't be updated later: features of %d images take %.0f MB in the checkpoint, and "
+                "remember_mb is %g.", rows, size, self._remember_mb,
+            )  # fmt: skip
 
     def _log_figures(self, figures: dict[str, float], step: int) -> None:
         for sink in self.trainer.loggers:

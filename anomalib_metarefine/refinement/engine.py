@@ -73,7 +73,10 @@ class Result:
         structure (Structure): What kind of folder it is.
         images (Images): What was looked at.
         density (PatchDensity): Fitted on the kept images.
+        initial (Parameters): Where the flow of the density began.
         maps (torch.Tensor): ``[N x P]`` patch scores, bits per dimension, of fitted patches as if left out.
+        distances (np.ndarray | None): ``[N x P]`` distance to the nearest other kept images; ``None`` if not compared.
+        learned (np.ndarray): ``[N x P]`` mask of the patches that kept images were learned from.
         usual (np.ndarray): ``[N x P]`` mask of the patches that look usual for their place.
     """
 
@@ -82,7 +85,10 @@ class Result:
     structure: Structure
     images: Images
     density: PatchDensity
+    initial: Parameters
     maps: torch.Tensor
+    distances: np.ndarray | None
+    learned: np.ndarray
     usual: np.ndarray
 
     @property
@@ -145,7 +151,51 @@ def refine_images(
     left_out = 1 - float(learned[rounds.kept].mean())
     structure = replace(structure, unlearned=int((rounds.kept & (images.groups(rounds.kept) < 0)).sum()))
     refinement = record(rounds, store.paths, structure.describe(), store.left_out, left_out)
-    return Result(refinement, rounds.scales, structure, images, density, maps, usual)
+    distances = None if neighbours is None else neighbours.episodic(rounds.kept)[0].numpy()
+    return Result(
+        refinement, rounds.scales, structure, images, density, initial, maps, distances, learned, usual
+    )  # fmt: skip
+
+
+def scored(
+    images: Images,
+    likelihood: np.ndarray | None,
+    distances: torch.Tensor | None,
+    kept: np.ndarray,
+    structure: Structure,
+    settings: Settings,
+    answers: Mapping[int, bool],
+) -> Scored:
+    """The parts of a score put together, and what images share with suspicious ones.
+
+    Args:
+        images (Images): All ``N`` images.
+        likelihood (np.ndarray | None): ``[N]`` scores under a density; ``None`` leaves them out.
+        distances (torch.Tensor | None): ``[N x P]`` to the nearest other images; ``None`` if they were not compared.
+        kept (np.ndarray): ``[N]`` mask of the images that count as normal.
+        structure (Structure): What kind of folder it is.
+        settings (Settings): See `MetaRefine`.
+        answers (Mapping[int, bool]): Rows that a person has decided to keep (true) or to reject.
+
+    Returns:
+        Scored: As a rule sees it.
+    """
+    parts = {} if likelihood is None else {"likelihood": likelihood}
+    if distances is None:
+        return Scored(hybrid(parts, {"likelihood": 1.0}, kept), kept=kept, parts=parts)
+    if settings.neighbour_weight > 0:
+        parts["neighbours"] = image_scores(distances, settings.neighbour_tail)
+    weights = {"likelihood": settings.likelihood_weight, "neighbours": settings.neighbour_weight}
+    variants, comparable = structure.variants, structure.comparable
+    scores = hybrid(parts, weights, kept, variants)
+    unusual = deviations(images.chunks(), distances, kept, variants)
+    if settings.likeness_weight == 0 or len(scores) < FEWEST_IMAGES:
+        return Scored(scores, None, kept, comparable, parts, unusual)
+    alike, trust = likeness(unusual, scores, answers)
+    alike = standardised(alike, kept, variants)
+    total = standardised(scores + settings.likeness_weight * trust * alike, kept, variants)
+    alike = np.where(structure.judged, alike, np.nan)
+    return Scored(total, alike, kept, comparable, parts, unusual)
 
 
 @dataclass(frozen=True)
@@ -163,25 +213,11 @@ class _Scorer:
 
     def __call__(self, kept: np.ndarray) -> Scored:
         """Fit on the images of a mask ``[N]``, score all."""
-        settings, parts = self.settings, {}
-        if self.neighbours is None or settings.likelihood_weight > 0:
-            parts["likelihood"] = image_scores(self._maps(kept), settings.tail)
-        if self.neighbours is None:
-            return Scored(hybrid(parts, {"likelihood": 1.0}, kept), kept=kept, parts=parts)
-        distances = self.neighbours.episodic(kept)[0]
-        if settings.neighbour_weight > 0:
-            parts["neighbours"] = image_scores(distances, settings.neighbour_tail)
-        weights = {"likelihood": settings.likelihood_weight, "neighbours": settings.neighbour_weight}
-        variants, comparable = self.structure.variants, self.structure.comparable
-        scores = hybrid(parts, weights, kept, variants)
-        unusual = deviations(self.images.chunks(), distances, kept, variants)
-        if settings.likeness_weight == 0 or len(scores) < FEWEST_IMAGES:
-            return Scored(scores, None, kept, comparable, parts, unusual)
-        alike, trust = likeness(unusual, scores, self.answers)
-        alike = standardised(alike, kept, variants)
-        total = standardised(scores + settings.likeness_weight * trust * alike, kept, variants)
-        alike = np.where(self.structure.judged, alike, np.nan)
-        return Scored(total, alike, kept, comparable, parts, unusual)
+        likelihood = None
+        if self.neighbours is None or self.settings.likelihood_weight > 0:
+            likelihood = image_scores(self._maps(kept), self.settings.tail)
+        distances = None if self.neighbours is None else self.neighbours.episodic(kept)[0]
+        return scored(self.images, likelihood, distances, kept, self.structure, self.settings, self.answers)
 
     def patches_to_learn(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Masks ``[N x P]`` of the patches to learn from, and of those that look usual for their place.

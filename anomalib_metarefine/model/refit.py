@@ -1,0 +1,191 @@
+"""Fit a model on changed images: old decisions stand and new images are judged, or all are judged anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from anomalib_metarefine.features.neighbours import NearestImages
+from anomalib_metarefine.model.memory import Memory
+from anomalib_metarefine.refinement.engine import refine_images, scored
+from anomalib_metarefine.refinement.fitting import fit_density, patch_scores
+from anomalib_metarefine.refinement.patches import LEAST_REGION, outside_regions, usual_patches
+from anomalib_metarefine.refinement.rules import get_rule
+from anomalib_metarefine.settings import Settings, seed_for
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from rich.progress import Progress
+
+    from anomalib_metarefine.density.flow import PatchFlow
+    from anomalib_metarefine.density.patch_density import PatchDensity
+    from anomalib_metarefine.features.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Images of a model after a change, before anything is fitted.
+
+    Attributes:
+        memory (Memory): Of all ``N`` images.
+        paths (list[str]): Of the images, sorted as a training has them.
+        kept (np.ndarray): ``[N]`` mask: standing decisions, and true for new images.
+        fresh (np.ndarray): ``[N]`` mask of the new images.
+        likelihood (np.ndarray): ``[N]`` scores under the standing density, those of old images as if left out.
+        answers (dict[int, bool]): Rows that a person has decided to keep (true) or to reject.
+    """
+
+    memory: Memory
+    paths: list[str]
+    kept: np.ndarray
+    fresh: np.ndarray
+    likelihood: np.ndarray
+    answers: dict[int, bool]
+
+
+class Fit(NamedTuple):
+    """A density, and what was decided about every image.
+
+    Attributes:
+        memory (Memory): Of all ``N`` images.
+        density (PatchDensity): Fitted on the kept ones.
+        maps (torch.Tensor): ``[N x P]`` patch scores, those of fitted patches as if left out.
+        kept (np.ndarray): ``[N]`` mask.
+        scores (np.ndarray): ``[N]``, in spreads of the kept images.
+    """
+
+    memory: Memory
+    density: PatchDensity
+    maps: torch.Tensor
+    kept: np.ndarray
+    scores: np.ndarray
+
+
+def change(
+    memory: Memory,
+    paths: Sequence[str],
+    kept: np.ndarray,
+    rows: np.ndarray,
+    new: FeatureStore,
+    likelihood: np.ndarray,
+    answers: Mapping[str, bool],
+    skipped: Collection[str] = (),
+) -> Changed:
+    """Put what stays and what is new in order.
+
+    Args:
+        memory (Memory): Before.
+        paths (Sequence[str]): Of its images.
+        kept (np.ndarray): Mask of those that were learned from.
+        rows (np.ndarray): Of those that stay.
+        new (FeatureStore): Images to add.
+        likelihood (np.ndarray): Of the images that stay, then of the new ones; see `Changed`.
+        answers (Mapping[str, bool]): See `update`.
+        skipped (Collection[str]): Images, by path, that may be answered on and are not there.
+
+    Raises:
+        ValueError: If there is an answer about an image that is not there.
+    """
+    found, mask = [*(paths[i] for i in rows), *new.paths], np.append(kept[rows], np.ones(len(new), dtype=bool))
+    unknown = [path for path in answers if path not in found and path not in skipped]
+    if unknown:
+        msg = f"There is an answer about {unknown[0]}, which is neither known nor added. Expected e.g. {paths[0]}."
+        raise ValueError(msg)
+    if not found:
+        msg = f"All {len(paths)} images would be forgotten. Expected at least one to be left."
+        raise ValueError(msg)
+    memory = memory.take(rows)
+    if len(new):
+        memory = memory.with_images(new.images())
+    order = np.argsort(found, kind="stable")
+    found = [found[i] for i in order]
+    decided = {row: answers[path] for row, path in enumerate(found) if path in answers}
+    return Changed(memory.take(order), found, mask[order], order >= len(rows), likelihood[order], decided)
+
+
+def fit_standing(changed: Changed, flow: PatchFlow, settings: Settings, seed: int, bars: Progress) -> Fit:
+    """Judge new images by the standing model, then fit on what is kept.
+
+    Args:
+        changed (Changed): The images.
+        flow (PatchFlow): The architecture.
+        settings (Settings): See `MetaRefine`.
+        seed (int): Of the training.
+        bars (Progress): Where bars are shown.
+    """
+    memory, fresh, kept = changed.memory, torch.from_numpy(changed.fresh), changed.kept.copy()
+    images = memory.images(changed.paths)
+    task = bars.add_task("judging and fitting", total=2)
+    distances, variants = None if memory.distances is None else memory.distances.float(), memory.variants.clone()
+    if changed.fresh.any() and (distances is not None or variants.any()):
+        neighbours = NearestImages(
+            images.store, images.grid, seed_for(seed, "references"), settings.neighbour_window, settings.references,
+            rows=np.flatnonzero(changed.fresh),
+        )  # fmt: skip
+        variants[fresh] = _variants(neighbours.images, changed.fresh, memory.variants)
+        if distances is not None:
+            distances[fresh] = neighbours.episodic(kept)[0]
+    memory = replace(memory, distances=None if distances is None else distances.half(), variants=variants)
+    images, structure = replace(images, variants=variants.numpy()), memory.structure
+    scales = scored(images, changed.likelihood, distances, kept, structure, settings, changed.answers)
+    if distances is not None:
+        kept = kept & ~(changed.fresh & get_rule(settings.rule).reject(scales).images)
+    kept[list(changed.answers)] = list(changed.answers.values())
+    if not kept.any():
+        msg = f"None of the {len(kept)} images would be learned from. Expected at least one to be kept."
+        raise ValueError(msg)
+    learned, groups = _learned(memory, kept, changed.fresh, settings.patch_fence), images.groups(kept)
+    for group in range(groups.max() + 1):  # places of which nothing would be left to learn
+        rows = kept & (groups == group)
+        learned[np.ix_(rows, ~learned[rows].any(0))] = True
+    density = fit_density(images, kept, learned, flow, memory.initial, settings, seed)
+    bars.advance(task)
+    maps = patch_scores(images, density, kept, learned)
+    bars.advance(task)
+    return Fit(replace(memory, learned=torch.from_numpy(learned)), density, maps, kept, scales.scores)
+
+
+def fit_all_anew(changed: Changed, flow: PatchFlow, settings: Settings, seed: int, bars: Progress) -> Fit:
+    """Refine as the training did, from its whitening and its start of the flow; arguments as in `fit_standing`."""
+    memory, images = changed.memory, changed.memory.images(changed.paths)
+    start = (memory.whitening, flow, memory.initial)
+    result = refine_images(images.store, images.grid, settings, seed, bars, start=start, answers=changed.answers)
+    found = replace(Memory.of(result), moments=memory.moments, trained=memory.trained)
+    return Fit(found, result.density, result.maps, result.kept, np.array(result.refinement.scores))
+
+
+def _learned(memory: Memory, kept: np.ndarray, fresh: np.ndarray, fence: float) -> np.ndarray:
+    """Mask ``[N x P]`` of the patches to learn from: unusual regions of new images are left out as those of old were.
+
+    Args:
+        memory (Memory): With the distances of the new images.
+        kept (np.ndarray): ``[N]`` mask.
+        fresh (np.ndarray): ``[N]`` mask of the new images.
+        fence (float): See `usual_patches`.
+    """
+    learned, structure = memory.learned.numpy().copy(), memory.structure
+    if not memory.regions or memory.distances is None:
+        return learned
+    distances = memory.distances.float().numpy()
+    for variant in np.unique(structure.variants[fresh & structure.judged]):
+        own = structure.variants == variant
+        usual = np.ones(learned.shape, dtype=bool)
+        usual[own & kept] = usual_patches(distances[own & kept], fence)
+        learned[own & fresh] = outside_regions(usual[own], memory.grid, LEAST_REGION)[fresh[own]]
+    return learned
+
+
+def _variants(nearest: np.ndarray, fresh: np.ndarray, variants: torch.Tensor) -> torch.Tensor:
+    """Of new images ``[n]``: the variant that most of their patches find the nearest old image in.
+
+    Args:
+        nearest (np.ndarray): ``[n x P x K]`` images, the nearest first.
+        fresh (np.ndarray): ``[N]`` mask of the new images.
+        variants (torch.Tensor): ``[N]``, of the old ones.
+    """
+    first = (~fresh[nearest]).argmax(-1)[..., None]
+    return variants[torch.from_numpy(np.take_along_axis(nearest, first, -1)[..., 0]).long()].mode(1).values

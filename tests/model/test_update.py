@@ -1,0 +1,189 @@
+"""Adding and forgetting images: the same as a fit from scratch, without the old images."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anomalib_metarefine.images.reading import file_hash
+from anomalib_metarefine.model import update as updating
+from anomalib_metarefine.model.calibration import raw_scores
+from anomalib_metarefine.model.checkpoints import load_checkpoint
+from anomalib_metarefine.model.export import write_metadata
+from anomalib_metarefine.model.outcome import MOST_DRIFT
+from anomalib_metarefine.model.update import known_images, update_checkpoint
+from tests.model.conftest import fit
+
+
+def scores(model, line):
+    return raw_scores(model, sorted((line / "test").rglob("*.png"))).image
+
+
+def state(model):
+    return {**model.model.scorer.state_dict(), "threshold": model.post_processor.image_threshold}
+
+
+@pytest.mark.parametrize("reconsider", [False, True])
+def test_the_same_as_a_fit_from_scratch_on_the_changed_images(line, checkpoint, tmp_path, reconsider):
+    model = load_checkpoint(checkpoint)
+    later = sorted((line / "later").iterdir())
+    gone = [f"tr{i:03d}.png" for i in (0, 7, 8)]
+    found = model.update(add=later, forget=gone, reconsider=reconsider)
+    assert found.images.decision.value_counts().to_dict() == {"keep": 7, "reject": 1}
+    for name in ("test", "train/good"):
+        shutil.copytree(line / name, tmp_path / name)
+    for path in later:
+        shutil.copy(path, tmp_path / "train/good")
+    for name in gone:
+        (tmp_path / "train/good" / name).unlink()
+    scratch = load_checkpoint(fit(tmp_path, line / "start.pt"))
+
+    def by_name(of, values):
+        return dict(sorted(zip((path[-9:] for path in of.refinement.paths), values, strict=True)))
+
+    assert by_name(model, model.refinement.kept) == by_name(scratch, scratch.refinement.kept)
+    assert sum(scratch.refinement.kept) == 27
+    ours, theirs = (by_name(one, one.left_out_scores) for one in (model, scratch))
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+    np.testing.assert_allclose(scores(model, line), scores(scratch, line), rtol=1e-5)
+    threshold = scratch.post_processor.image_threshold.item()
+    assert model.post_processor.image_threshold.item() == pytest.approx(threshold, rel=1e-5)
+    assert found.threshold[0] != pytest.approx(threshold, rel=1e-3)
+
+
+def test_ten_updates_in_a_row_do_not_drift_and_need_no_old_image(line, checkpoint, tmp_path):
+    for name in ("test", "train/good"):
+        shutil.copytree(line / name, tmp_path / name)
+    model = load_checkpoint(checkpoint)
+    before = state(model)
+    added = sorted((line / "later").iterdir())[:5]
+    for path in added:
+        model.update(add=[path])
+        changed = state(model)
+        assert not torch.equal(changed["shift"], before["shift"])
+        model.update(forget=[file_hash(path)])
+    torch.testing.assert_close(state(model), before, rtol=1e-6, atol=1e-6)
+    assert len(model.provenance["history"]) == 10
+
+
+def test_old_images_need_not_exist(line, tmp_path):
+    shutil.copytree(line / "train", tmp_path / "train")
+    shutil.copytree(line / "test", tmp_path / "test")
+    checkpoint = fit(tmp_path, line / "start.pt", rounds=0)
+    dirty = tmp_path / "train/good/tr025.png"
+    sha256 = file_hash(dirty)
+    shutil.rmtree(tmp_path / "train")
+    found = update_checkpoint(checkpoint, tmp_path / "new.ckpt", forget=[dirty, "tr024.png", sha256])
+    assert found.forgotten[str(dirty)] == sha256
+    assert len(found.forgotten) == 2
+    before, after = load_checkpoint(checkpoint), load_checkpoint(tmp_path / "new.ckpt")
+    blobs = sorted((tmp_path / "test/blob").iterdir())
+    margin = [raw_scores(one, blobs).image.min() - np.median(one.left_out_scores) for one in (before, after)]
+    assert margin[1] > margin[0]
+    assert len(after.refinement.paths) == len(after.memory.embeddings) == 24
+    assert sha256 not in after.training_images.values()
+
+
+def test_a_persons_answer_stands_above_the_rule_and_about_old_images(line, checkpoint):
+    model = load_checkpoint(checkpoint)
+    blob, good = (str(line / "later" / f"la00{i}.png") for i in (7, 0))
+    rejected, kept = (str(line / "train/good" / f"tr0{i}.png") for i in (25, 10))
+    found = model.update(add=[blob, good], answers={blob: True, good: False, rejected: True, kept: False})
+    assert found.images.set_index("image_path").decision.to_dict() == {blob: "keep", good: "reject"}
+    assert set(found.images.decided_by) == {"user"}
+    assert found.changed == {rejected: "keep", kept: "reject"}
+    with pytest.raises(ValueError, match="else.png, which is neither"):
+        model.update(answers={"else.png": True})
+
+
+def test_what_is_known_unreadable_or_was_forgotten_is_skipped(line, checkpoint, tmp_path):
+    model = load_checkpoint(checkpoint)
+    (tmp_path / "torn.png").write_bytes(b"")
+    gone = line / "train/good/tr003.png"
+    model.update(forget=[gone])
+    copied = shutil.copy(line / "train/good/tr004.png", tmp_path / "copy.png")
+    found = model.update(add=[copied, tmp_path / "torn.png", gone])
+    assert found.images.empty
+    assert found.skipped[str(tmp_path / "torn.png")] == "the file is empty"
+    assert found.skipped[str(copied)].endswith("tr004.png")
+    assert found.skipped[str(gone)].startswith("it was to be forgotten (2")
+    assert model.update(add=[gone], answers={str(gone): True}).images.decision.tolist() == ["keep"]
+
+
+def test_whose_names_are_not_clear_are_refused_and_nothing_is_changed(line, checkpoint):
+    model = load_checkpoint(checkpoint)
+    before = state(model)
+    with pytest.raises(ValueError, match="nothing.png is none of the 26 images that the model knows, such as"):
+        model.update(add=sorted((line / "later").iterdir()), forget=["nothing.png"])
+    with pytest.raises(ValueError, match="All 26 images would be forgotten"):
+        model.update(forget=model.refinement.paths)
+    torch.testing.assert_close(state(model), before, rtol=0, atol=0)
+    assert known_images(model, ["tr001.png"]) == known_images(model, [line / "train/good/tr001.png"])
+
+
+def test_an_update_is_written_whole_or_not_at_all(line, checkpoint, tmp_path, monkeypatch):
+    out, digest = tmp_path / "new.ckpt", file_hash(checkpoint)
+    later = sorted((line / "later").iterdir())[:1]
+
+    def killed(content, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updating.torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            update_checkpoint(checkpoint, out, later)
+    assert list(tmp_path.iterdir()) == []
+    update_checkpoint(checkpoint, out, later)
+    with pytest.raises(FileExistsError, match="exists"):
+        update_checkpoint(checkpoint, out, later)
+    assert file_hash(checkpoint) == digest
+
+
+def test_history_is_in_the_metadata_of_an_export(line, checkpoint, tmp_path):
+    model = load_checkpoint(checkpoint)
+    before = model.provenance["data_sha256"]
+    added = line / "later/la001.png"
+    model.update(add=[added], forget=["tr001.png"])
+    graph = tmp_path / "model.pt"
+    graph.touch()
+    training = json.loads(write_metadata(model, graph, "torch", "FP32", None).read_text())["training"]
+    (entry,) = training["history"]
+    assert entry["added"] == [
+        {"image_path": str(added), "sha256": file_hash(added), "decision": "keep", "decided_by": "rule"}
+    ]
+    assert [path[-9:] for path in entry["forgotten"]] == ["tr001.png"]
+    assert training["images"] == 26
+    assert training["data_sha256"] != before
+
+
+def test_thresholds_of_other_images_stay_and_it_is_said(line, checkpoint):
+    model = load_checkpoint(checkpoint)
+    model.post_processor._image_threshold.fill_(9.0)  # as a validation does
+    found = model.update(forget=["tr001.png"])
+    assert found.threshold == (9.0, 9.0)
+    assert any("metarefine calibrate" in line for line in found.lines())
+
+
+def test_it_says_when_a_new_training_is_due(line, checkpoint, tmp_path):
+    model = load_checkpoint(checkpoint)
+    assert not model.update(add=sorted((line / "later").iterdir())[:2]).training_due
+    rng = np.random.default_rng(1)
+    others = []
+    for i in range(9):
+        others.append(str(tmp_path / f"other{i}.png"))
+        Image.fromarray(rng.integers(0, 255, (96, 96, 3), dtype=np.uint8)).save(others[-1])
+    found = model.update(add=others, answers=dict.fromkeys(others, True))
+    assert found.drift > MOST_DRIFT
+    assert "drifted by" in found.lines()[-1]
+
+
+def test_a_model_without_memory_says_so(line, checkpoint):
+    assert "remembers): 26 images, 0." in str(load_checkpoint(checkpoint))
+    model = load_checkpoint(fit(line, line / "start.pt", "without", remember_mb=0))
+    assert "remembers): no images" in str(model)
+    with pytest.raises(ValueError, match="does not remember its training images"):
+        model.update(forget=["tr001.png"])
