@@ -27,7 +27,8 @@ from anomalib_metarefine.curation.manifest import file_sha256
 from tests.curation.made_up import make
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ["start", "curate", "train", "models", "deployment", "threshold", "settings", "quality", "data", "structure"]
+GUIDES = ["start", "curate", "train", "models", "deployment", "threshold", "update"]
+GUIDES += ["settings", "quality", "data", "structure"]
 PAGES = [ROOT / "README.md", ROOT / "configs/model/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGE = re.compile(r"[\w/]+\.md")
 QUICK = {"apply", "diff", "report", "convert"}  # the others load a backbone or a model: their arguments are parsed only

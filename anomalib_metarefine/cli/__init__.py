@@ -18,11 +18,12 @@ from anomalib_metarefine.cli.convert import CONVERT
 from anomalib_metarefine.cli.curation import CURATION
 from anomalib_metarefine.cli.deployment import DEPLOYMENT
 from anomalib_metarefine.cli.doctor import DOCTOR
+from anomalib_metarefine.cli.living import LIVING
 from anomalib_metarefine.cli.meta import META
 from anomalib_metarefine.cli.review import REVIEW
 from anomalib_metarefine.cli.train import TRAIN
 
-_COMMANDS = CURATION | REVIEW | CONVERT | TRAIN | DEPLOYMENT | BENCHMARK | META | DOCTOR
+_COMMANDS = CURATION | REVIEW | CONVERT | TRAIN | DEPLOYMENT | LIVING | BENCHMARK | META | DOCTOR
 _DESCRIPTION = """\
 Anomaly detection from dirty training folders. Training, testing and export go
 through anomalib: `anomalib train --model MetaRefine --data ...`."""

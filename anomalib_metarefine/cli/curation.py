@@ -120,7 +120,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def review_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the review by a table."""
     add = parser.add_argument
-    add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
+    add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder; or a .jsonl of `watch`")
     add("--decisions", type=Path, metavar="CSV", help="image_path or sha256, and decision: keep or reject")
     add("--budget", type=int, metavar="K", help="ask about the K images with the highest scores, not the review queue")
     add("--out", type=Path, metavar="CSV", help="the table to fill in; default: to_review.csv beside the manifest")

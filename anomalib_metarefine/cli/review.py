@@ -14,6 +14,7 @@ from anomalib_metarefine.cli.curation import review_arguments as table_arguments
 
 if TYPE_CHECKING:
     import argparse
+    from pathlib import Path
 
 _NEEDED = ("starlette", "uvicorn")
 
@@ -30,6 +31,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _review(options: argparse.Namespace) -> int:
     require(options.manifest, MANIFEST)
+    if options.manifest.suffix == ".jsonl":
+        options.manifest = _folder_of_results(options.manifest)
     if options.table or options.decisions or options.out or options.budget is not None:
         return table(options)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
@@ -100,6 +103,16 @@ def _share(options: argparse.Namespace) -> int:
         print(f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT must be {manifest.root}, and the labeling interface:")
         print(f"  {LABEL_STUDIO_VIEW}")
     return 0
+
+
+def _folder_of_results(results: Path) -> Path:
+    """A folder beside the results of a line, for the page and the answers; brought up to date if it is there."""
+    from anomalib_metarefine.curation.line_results import manifest_of
+    from anomalib_metarefine.deploy.history import read_results
+
+    folder = results.with_name(f"{results.stem}-review")
+    manifest_of(read_results(results)).write(folder)
+    return folder
 
 
 REVIEW = {

@@ -24,9 +24,9 @@ DECISIONS_FILE = "decisions.csv"
 # What people write, without dots and spaces (i.O. and n.i.O. are German for in and not in order). 0 and 1 as in
 # anomalib's labels: 1 is anomalous. "review" takes an earlier answer back, a blank cell is none.
 MEANING = {
-    **dict.fromkeys(("keep", "good", "ok", "clean", "normal", "io", "pass", "passed", "0"), "keep"),
+    **dict.fromkeys(("keep", "good", "ok", "clean", "normal", "io", "pass", "passed", "0", "falsealarm"), "keep"),
     **dict.fromkeys(("reject", "bad", "ng", "nok", "notok", "nio", "fail", "failed", "1"), "reject"),
-    **dict.fromkeys(("dirty", "defect", "defective", "anomalous"), "reject"),
+    **dict.fromkeys(("dirty", "defect", "defective", "anomalous", "missed"), "reject"),
     "review": "review",
 }
 
