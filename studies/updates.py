@@ -32,7 +32,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from anomalib_metarefine.density.flow import position_code
-from anomalib_metarefine.deploy.threshold import calibrate
+from anomalib_metarefine.deploy.threshold import FEWEST_SCORES, calibrate
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.model.memory import Memory
 from anomalib_metarefine.model.refit import Fit, change, fit_standing
@@ -81,8 +81,9 @@ def score(density: PatchDensity, family: Family, rows: np.ndarray) -> np.ndarray
 
 
 def threshold(maps: torch.Tensor, kept: np.ndarray) -> float:
-    """From the left-out scores of the kept images."""
-    return calibrate(image_scores(maps, _SETTINGS.tail)[kept]).threshold
+    """From the left-out scores of the kept images; NaN if they are too few."""
+    scores = image_scores(maps, _SETTINGS.tail)[kept]
+    return calibrate(scores).threshold if len(scores) >= FEWEST_SCORES else float("nan")
 
 
 @dataclass(frozen=True)
