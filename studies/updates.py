@@ -138,12 +138,13 @@ def compare(family: Family, ours: Model, theirs: Model, test: np.ndarray) -> dic
     """Scores, decisions, thresholds, AUROC and times of an update and of a fit from scratch."""
     one, other = (score(model.density, family, test) for model in (ours, theirs))
     limits = [threshold(model.maps, model.mask) for model in (ours, theirs)]
+    tested = (one > limits[0]) != (other > limits[1])
     return {
         "difference": float(np.abs(one / other - 1).max()),
         "correlation": float(spearmanr(one, other).statistic),
         "decided_differently": float(np.mean([ours.kept[row] != theirs.kept[row] for row in theirs.kept])),
         "threshold": limits[0] / limits[1] - 1,
-        "tested_differently": float(((one > limits[0]) != (other > limits[1])).mean()),
+        "tested_differently": float(tested.mean()) if np.isfinite(limits).all() else float("nan"),
         "auroc": 100 * roc_auc_score(family.dirty[test], one),
         "auroc_scratch": 100 * roc_auc_score(family.dirty[test], other),
         "time": ours.seconds / theirs.seconds,
