@@ -166,7 +166,7 @@ class Memory:
         ratio = torch.cholesky_solve(covariance, root)
         shift = torch.linalg.solve_triangular(root, (mean - before).unsqueeze(1), upper=False).square().sum()
         nats = 0.5 * (ratio.trace() + shift - len(mean) - torch.linalg.slogdet(ratio).logabsdet)
-        return float(nats / (len(mean) * np.log(2)))
+        return max(float(nats / (len(mean) * np.log(2))), 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, numbers and names, for a checkpoint that loads with ``weights_only=True``."""
