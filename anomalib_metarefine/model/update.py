@@ -71,7 +71,7 @@ def update(
     """
     memory, refinement = remembered(model)
     gone = known_images(model, forget)
-    answers = {str(path): keep for path, keep in (answers or {}).items()}
+    answers = _past_answers(model, gone) | {str(path): keep for path, keep in (answers or {}).items()}
     hashes, skipped = _new_images(model, list(dict.fromkeys(map(str, add))), gone, answers)
     new = embed_files(model, list(hashes), progress)
     skipped |= new.left_out
@@ -195,6 +195,16 @@ def _new_images(
             new[path] = sha256
             known[sha256] = path
     return new, skipped
+
+
+def _past_answers(model: AnomalibModule, gone: Mapping[str, str]) -> dict[str, bool]:
+    """What a person has decided in earlier updates about images that the model still knows, by path."""
+    past: dict[str, bool] = {}
+    for entry in history(model):
+        added = {one["image_path"]: one["decision"] for one in entry["added"] if one["decided_by"] == "user"}
+        changed = {} if entry["reconsidered"] else entry["changed"]  # else by the rule
+        past |= {path: decision == "keep" for path, decision in (added | changed).items()}
+    return {path: keep for path, keep in past.items() if path in model.refinement.paths and path not in gone}
 
 
 def history(model: AnomalibModule) -> list[dict[str, Any]]:

@@ -95,6 +95,9 @@ def test_a_persons_answer_stands_above_the_rule_and_about_old_images(line, check
     assert found.images.set_index("image_path").decision.to_dict() == {blob: "keep", good: "reject"}
     assert set(found.images.decided_by) == {"user"}
     assert found.changed == {rejected: "keep", kept: "reject"}
+    model.update(reconsider=True)
+    decided = dict(zip(model.refinement.paths, model.refinement.kept, strict=True))
+    assert [decided[path] for path in (blob, good, rejected, kept)] == [True, False, True, False]
     with pytest.raises(ValueError, match="else.png, which is neither"):
         model.update(answers={"else.png": True})
 
