@@ -32,8 +32,8 @@ def _update(options: argparse.Namespace) -> int:
     if not (options.add or options.forget or options.verdicts or options.reconsider):
         msg = "There is nothing to do. Pass --add, --forget, --verdicts or --reconsider."
         raise ValueError(msg)
-    from anomalib_metarefine.curation.decisions import read
     from anomalib_metarefine.deploy.history import read_results
+    from anomalib_metarefine.images.answers import read
     from anomalib_metarefine.images.sources import read_source
     from anomalib_metarefine.model.checkpoints import load_checkpoint
     from anomalib_metarefine.model.replay import read_verdicts, replay
