@@ -190,3 +190,12 @@ def test_a_model_without_memory_says_so(line, checkpoint):
     assert "remembers): no images" in str(model)
     with pytest.raises(ValueError, match="does not remember its training images"):
         model.update(forget=["tr001.png"])
+
+
+def test_a_model_that_ignores_regions_says_that_it_can_not_be_updated(line, tmp_path):
+    mask = np.full((96, 96), 255, dtype=np.uint8)
+    mask[:32, :32] = 0
+    Image.fromarray(mask).save(tmp_path / "ignore.png")
+    model = load_checkpoint(fit(line, line / "start.pt", "ignoring", ignore=tmp_path / "ignore.png"))
+    with pytest.raises(ValueError, match="does not remember its training images"):
+        model.explain(line / "later/la001.png")
