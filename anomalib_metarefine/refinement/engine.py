@@ -190,12 +190,18 @@ def scored(
     scores = hybrid(parts, weights, kept, variants)
     unusual = deviations(images.chunks(), distances, kept, variants)
     if settings.likeness_weight == 0 or len(scores) < FEWEST_IMAGES:
-        return Scored(scores, None, kept, comparable, parts, unusual)
-    alike, trust = likeness(unusual, scores, answers)
-    alike = standardised(alike, kept, variants)
-    total = standardised(scores + settings.likeness_weight * trust * alike, kept, variants)
+        return Scored(scores, None, kept, comparable, parts=parts, deviations=unusual)
+
+    def with_likeness(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        alike, trust = likeness(unusual, values, answers)
+        alike = standardised(alike, kept, variants)
+        return standardised(values + settings.likeness_weight * trust * alike, kept, variants), alike
+
+    # All of it orders the images; distance and likeness alone reject them, see `Scales`.
+    nearest = standardised(parts["neighbours"], kept, variants) if "neighbours" in parts else scores
+    distance, alike = with_likeness(nearest)
     alike = np.where(structure.judged, alike, np.nan)
-    return Scored(total, alike, kept, comparable, parts, unusual)
+    return Scored(with_likeness(scores)[0], alike, kept, comparable, distance, parts, unusual)
 
 
 @dataclass(frozen=True)

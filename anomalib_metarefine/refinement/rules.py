@@ -98,13 +98,14 @@ class MADFence(MADSettings):
 class FalseDiscoveryRate(AutoSettings):
     """Rejects what two witnesses speak against, as long as few clean images are expected among it. The default.
 
-    The score tells how unusual an image is. Its likeness tells whether it is unusual in the way that *other* suspicious
-    images are: an odd but clean image is odd in a way of its own, defects recur. Each becomes a p-value under a
-    reference for clean images, an exponential tail ``exp(-u / tail)`` of the distance ``u`` from the centre in
-    lower-side spreads (`lower_side_scale`); Fisher's method makes one p-value of the two, and the procedure of
-    Benjamini and Hochberg rejects the images of the smallest. It adapts to the contamination: one outlier must be
+    The distance to other images tells how unusual an image is. Its likeness tells whether it is unusual in the way that
+    *other* suspicious images are: an odd but clean image is odd in a way of its own, defects recur. Each becomes a
+    p-value under a reference for clean images, an exponential tail ``exp(-u / tail)`` of the distance ``u`` from the
+    centre in lower-side spreads (`lower_side_scale`); Fisher's method makes one p-value of the two, and the procedure
+    of Benjamini and Hochberg rejects the images of the smallest. It adapts to the contamination: one outlier must be
     extreme, but where a third of the images stand out, less is enough. Neither witness is enough by itself: both must
-    lie more than ``tail`` spreads above their centre. Breakdown point 50 %, as that of centre and spread.
+    lie more than ``tail`` spreads above their centre. Breakdown point 50 %, as that of centre and spread. The
+    likelihood, which orders the images, is no witness: it speaks against every image of a good minority.
 
     Where images are too few to tell, or share too little to be compared (`Structure`), none is rejected.
 
@@ -121,7 +122,7 @@ class FalseDiscoveryRate(AutoSettings):
         """See `Rule.reject`."""
         images = np.zeros(len(scales.scores), dtype=bool)
         if scales.likeness is not None and scales.comparable:
-            away = [_spreads(values, scales.kept) > self.tail for values in (scales.scores, scales.likeness)]
+            away = [_spreads(values, scales.kept) > self.tail for values in (_first(scales), scales.likeness)]
             images = (q_values(scales, self.tail) <= self.level) & away[0] & away[1]
         # Others may lie past this fence that only one witness speaks against.
         return Rejection(
@@ -216,7 +217,7 @@ def q_values(scales: Scales, tail: float = AutoSettings.tail) -> np.ndarray:
         >>> q_values(Scales(np.array([1.0, 2.0, 3.0, 4.0, 40.0])), tail=1.6).round(2)
         array([1.  , 1.  , 0.72, 0.46, 0.  ])
     """
-    evidence = _spreads(scales.scores, scales.kept) / tail
+    evidence = _spreads(_first(scales), scales.kept) / tail
     p_values = np.exp(-evidence)
     if scales.likeness is not None:
         # The sum of two exponential variables follows a gamma distribution: Fisher's method for two p-values.
@@ -228,6 +229,11 @@ def q_values(scales: Scales, tail: float = AutoSettings.tail) -> np.ndarray:
     result = np.empty(len(order))
     result[order] = np.minimum.accumulate(shares[::-1])[::-1]
     return result.clip(0, 1)
+
+
+def _first(scales: Scales) -> np.ndarray:
+    """The first witness, ``[N]``."""
+    return scales.scores if scales.distance is None else scales.distance
 
 
 def _spreads(values: np.ndarray, kept: np.ndarray | None) -> np.ndarray:

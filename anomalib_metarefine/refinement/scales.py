@@ -19,6 +19,8 @@ class Scales:
             can't be compared, ``None`` where images are too few to tell.
         kept (np.ndarray | None): ``[N]`` mask of the images that scores and likeness are measured against; ``None`` if
             all are.
+        distance (np.ndarray | None): ``[N]``, the scores without the likelihood, which rule ``auto`` rejects by. Under
+            a density of the majority every image of a minority is unlikely, but it lies near the others of its kind.
         comparable (bool): Whether the images share enough for their scores to mean anything, see `Structure`.
     """
 
@@ -26,3 +28,4 @@ class Scales:
     likeness: np.ndarray | None = None
     kept: np.ndarray | None = None
     comparable: bool = True
+    distance: np.ndarray | None = None

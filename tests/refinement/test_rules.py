@@ -145,6 +145,14 @@ class TestFalseDiscoveryRate:
         assert found[0].sum() < found[1].sum()
         assert not found[1][:200].any()
 
+    def test_the_likelihood_is_no_witness(self):
+        """It put 48 to 81 of 100 good polycrystalline cells among 150 monocrystalline ones past every limit."""
+        rng = np.random.default_rng(0)
+        values, alike = (np.append(rng.normal(0, 1, 150), rng.normal(20, 1, 100)) for _ in range(2))
+        near = rng.normal(0, 1, 250)
+        assert FalseDiscoveryRate().reject(Scales(values, alike)).images[150:].sum() > 50
+        assert not FalseDiscoveryRate().reject(Scales(values, alike, distance=near)).images.any()
+
     def test_rejects_no_image_whose_likeness_is_not_known(self):
         rng = np.random.default_rng(0)
         values, alike = (np.append(rng.normal(0, 1, 200), np.full(20, 30.0)) for _ in range(2))
