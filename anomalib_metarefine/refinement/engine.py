@@ -198,10 +198,12 @@ def scored(
         return standardised(values + settings.likeness_weight * trust * alike, kept, variants), alike
 
     # All of it orders the images; distance and likeness alone reject them, see `Scales`.
-    nearest = standardised(parts["neighbours"], kept, variants) if "neighbours" in parts else scores
-    distance, alike = with_likeness(nearest)
+    total, alike = with_likeness(scores)
+    distance = None
+    if len(parts) > 1:
+        distance, alike = with_likeness(standardised(parts["neighbours"], kept, variants))
     alike = np.where(structure.judged, alike, np.nan)
-    return Scored(with_likeness(scores)[0], alike, kept, comparable, distance, parts, unusual)
+    return Scored(total, alike, kept, comparable, distance, parts, unusual)
 
 
 @dataclass(frozen=True)

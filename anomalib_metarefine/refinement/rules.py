@@ -122,8 +122,7 @@ class FalseDiscoveryRate(AutoSettings):
         """See `Rule.reject`."""
         images = np.zeros(len(scales.scores), dtype=bool)
         if scales.likeness is not None and scales.comparable:
-            away = [_spreads(values, scales.kept) > self.tail for values in (_first(scales), scales.likeness)]
-            images = (q_values(scales, self.tail) <= self.level) & away[0] & away[1]
+            images = (q_values(scales, self.tail) <= self.level) & (np.min(_witnesses(scales), axis=0) > self.tail)
         # Others may lie past this fence that only one witness speaks against.
         return Rejection(
             images, float(np.nextafter(scales.scores[images].min(), -math.inf)) if images.any() else math.inf
@@ -217,12 +216,11 @@ def q_values(scales: Scales, tail: float = AutoSettings.tail) -> np.ndarray:
         >>> q_values(Scales(np.array([1.0, 2.0, 3.0, 4.0, 40.0])), tail=1.6).round(2)
         array([1.  , 1.  , 0.72, 0.46, 0.  ])
     """
-    evidence = _spreads(_first(scales), scales.kept) / tail
+    witnesses = _witnesses(scales)
+    evidence = sum(witnesses) / tail
     p_values = np.exp(-evidence)
-    if scales.likeness is not None:
-        # The sum of two exponential variables follows a gamma distribution: Fisher's method for two p-values.
-        evidence = evidence + _spreads(scales.likeness, scales.kept) / tail
-        p_values = (1 + evidence) * np.exp(-evidence)
+    if len(witnesses) > 1:  # the sum of two exponential variables follows a gamma distribution: Fisher's method
+        p_values *= 1 + evidence
     order = np.argsort(p_values, kind="stable")
     # Of equal images all have the p-value; the lowest share from here on is what a limit at this p-value promises.
     shares = p_values[order] * len(order) / np.arange(1, len(order) + 1)
@@ -231,9 +229,11 @@ def q_values(scales: Scales, tail: float = AutoSettings.tail) -> np.ndarray:
     return result.clip(0, 1)
 
 
-def _first(scales: Scales) -> np.ndarray:
-    """The first witness, ``[N]``."""
-    return scales.scores if scales.distance is None else scales.distance
+def _witnesses(scales: Scales) -> list[np.ndarray]:
+    """What speaks against each image, ``[N]`` in spreads: distance or score, and likeness if there is one."""
+    first = scales.scores if scales.distance is None else scales.distance
+    values = [first] if scales.likeness is None else [first, scales.likeness]
+    return [_spreads(one, scales.kept) for one in values]
 
 
 def _spreads(values: np.ndarray, kept: np.ndarray | None) -> np.ndarray:
