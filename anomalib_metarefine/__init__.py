@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from anomalib_metarefine._startup import register_all as register
     from anomalib_metarefine.curation.curate import curate
     from anomalib_metarefine.curation.manifest import Manifest
-    from anomalib_metarefine.curation.review.serving import review
     from anomalib_metarefine.data.contamination import Contaminated
     from anomalib_metarefine.data.elpv import ELPV
     from anomalib_metarefine.data.kolektor_sdd2 import KolektorSDD2
@@ -32,7 +31,6 @@ __all__ = [
     "MetaRefine",
     "curate",
     "register",
-    "review",
     "use_offline_weights",
 ]
 
@@ -44,7 +42,6 @@ _HOME = {
     "KolektorSDD2": ("anomalib_metarefine.data.kolektor_sdd2", "KolektorSDD2"),
     "MetaRefine": ("anomalib_metarefine.model.lightning_model", "MetaRefine"),
     "register": ("anomalib_metarefine._startup", "register_all"),
-    "review": ("anomalib_metarefine.curation.review.serving", "review"),
     "use_offline_weights": ("anomalib_metarefine.features.offline", "use_offline_weights"),
 }
 

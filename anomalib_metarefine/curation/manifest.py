@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from anomalib.data import AnomalibDataModule, Tabular
+
+    from anomalib_metarefine.curation.review.serving import Review
 
 _FIRST_LOOK = 40  # images
 _SECONDS_A_LOOK = 2
@@ -57,6 +59,7 @@ class Manifest:
 
     table: pd.DataFrame
     run: dict[str, Any]
+    _folder: Path | None = field(default=None, init=False)  # where it was last read from or written to
 
     def __post_init__(self) -> None:
         check_run(self.run)
@@ -80,10 +83,12 @@ class Manifest:
         if root is not None:
             run["root"] = str(absolute(root))
         try:
-            return cls(read_table(file), run)
+            manifest = cls(read_table(file), run)
         except ValueError as error:
             msg = f"{file} and {RUN_FILE} beside it can't be used: {error}"
             raise ValueError(msg) from error
+        manifest._folder = file.parent
+        return manifest
 
     def write(self, folder: str | Path, others: Mapping[str, Callable[[Path], object]] | None = None) -> Path:
         """Write ``manifest.csv`` and ``run.json``, and what else belongs to the run: all files in one step, or none.
@@ -98,7 +103,8 @@ class Manifest:
         text = table_text(self.table)
         files = {MANIFEST_FILE: lambda path: path.write_text(text, encoding="utf-8"), **(others or {})}
         write_together(folder, {**self.run, "counts": self.counts}, files)
-        return Path(folder) / MANIFEST_FILE
+        self._folder = Path(folder)
+        return self._folder / MANIFEST_FILE
 
     @property
     def root(self) -> Path:
@@ -223,6 +229,33 @@ class Manifest:
         self.require_unchanged(used)
         images = self.paths(rows) if repaired is None else copies(rows, Path(repaired))
         return curated_datamodule(images, test, **{"name": self.root.name or "curated", **settings})
+
+    def review(self, by: str = "") -> Review:
+        """Open the review page inside a notebook; the notebook goes on meanwhile.
+
+        It serves what was read or written last, and ends with the notebook or by ``stop()`` of what it returns. Browser
+        and notebook must run on this machine.
+
+        Args:
+            by (str): Who answers, for the record; the user's name if not given.
+
+        Raises:
+            ValueError: If the manifest lies in no folder yet.
+            ModuleNotFoundError: If the extra ``review`` is not installed.
+
+        Example:
+            >>> Manifest.read("line7-curation").review()  # doctest: +SKIP
+            <Review of 300 images at http://127.0.0.1:40123/…/>
+        """
+        if self._folder is None:
+            msg = "The manifest lies in no folder yet, and answers need one. Write it first: curation.write(DIR)."
+            raise ValueError(msg)
+        try:
+            from anomalib_metarefine.curation.review.serving import review
+        except ModuleNotFoundError as error:
+            msg = f"The review page needs {error.name}: pip install 'anomalib-metarefine[review]'."
+            raise ModuleNotFoundError(msg, name=error.name) from error
+        return review(self._folder, by)
 
 
 def _percent(share: float) -> str:

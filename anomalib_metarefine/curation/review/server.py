@@ -39,7 +39,7 @@ _SHOWN_AS_IT_IS = {"PNG": {"L", "RGB", "RGBA", "P", "1"}, "JPEG": {"L", "RGB"}, 
 _MOST_POSTED = 1 << 20  # bytes
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; ",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -55,10 +55,13 @@ class Guard:
     Args:
         app (ASGIApp): What is guarded.
         hosts (set[str]): Names with ports by which the server may be called.
+        around (str): Pages that may show this one inside of them, as ``frame-ancestors`` names them.
     """
 
-    def __init__(self, app: ASGIApp, hosts: set[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: set[str], around: str) -> None:
         self._app, self._hosts = app, hosts
+        policy = _HEADERS["Content-Security-Policy"] + f"frame-ancestors {around}"
+        self._headers = [(k.encode(), v.encode()) for k, v in {**_HEADERS, "Content-Security-Policy": policy}.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403, or hand on with the headers of safety added."""
@@ -76,7 +79,7 @@ class Guard:
 
         async def with_headers(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] += [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
+                message["headers"] += self._headers
             await send(message)
 
         await self._app(scope, receive, with_headers)
@@ -115,13 +118,14 @@ class Pictures:
         return _encoded(heat_layer(heat, self._session.evidence.limits, size), "PNG")
 
 
-def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
+def make_app(session: Session, token: str, hosts: set[str], around: str = "'none'") -> ASGIApp:
     """The application.
 
     Args:
         session (Session): The review.
         token (str): First part of every address.
         hosts (set[str]): Names with ports by which the server may be called.
+        around (str): Pages that may show this one inside of them, as ``frame-ancestors`` names them.
     """
     pictures = Pictures(session)
     # By itself it escapes names in *.html only.
@@ -200,7 +204,7 @@ def make_app(session: Session, token: str, hosts: set[str]) -> ASGIApp:
         Route("/image/{index:int}/{kind:str}", picture),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
-    return Guard(Starlette(routes=[Mount(f"/{token}", routes=routes)]), hosts)
+    return Guard(Starlette(routes=[Mount(f"/{token}", routes=routes)]), hosts, around)
 
 
 def _map(session: Session) -> dict[str, Any]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _START_S = 10
+_NOTEBOOKS = "http://localhost:* http://127.0.0.1:*"  # pages that may show a review inside of them
+_HEIGHT = 800  # pixels of a review inside a notebook
 
 
 def serve(
@@ -46,7 +48,7 @@ def serve(
 
 @dataclass(frozen=True)
 class Review:
-    """A review that is served beside a notebook, which shows it as a link.
+    """A review that is served beside a notebook, which shows it, and a link for notebooks that show no other page.
 
     Attributes:
         session (Session): Where it stands: ``review.session.standing()``.
@@ -65,42 +67,32 @@ class Review:
 
     def _repr_html_(self) -> str:
         address = html.escape(self.address)
-        return f'<a href="{address}" target="_blank" rel="noopener">Review {len(self.session.images)} images</a>'
+        return (
+            f'<iframe src="{address}" width="100%" height="{_HEIGHT}"></iframe>'
+            f'<a href="{address}" target="_blank" rel="noopener">Review {len(self.session.images)} images</a>'
+        )
 
     def __repr__(self) -> str:
         return f"<Review of {len(self.session.images)} images at {self.address}>"
 
 
 def review(folder: str | Path, by: str = "") -> Review:
-    """Serve the review of a curation from a thread, for notebooks; it ends with the notebook or by ``stop()``.
-
-    Args:
-        folder (str | Path): Output folder of ``metarefine curate``, or what `Curation.write` wrote.
-        by (str): Who answers, for the record; the user's name if not given.
-
-    Returns:
-        Review: Once the page can be opened.
-
-    Raises:
-        FileNotFoundError: If the folder has no manifest.
-
-    Example:
-        >>> review("line7-curation")  # doctest: +SKIP
-        <Review of 300 images at http://127.0.0.1:40123/…/>
-    """
+    """Serve the review of a curation from a thread, see `Manifest.review`."""
     session = Session(folder, by)
-    server, listener, address = _prepared(session, "127.0.0.1", 0)
+    server, listener, address = _prepared(session, "127.0.0.1", 0, _NOTEBOOKS)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True, name="metarefine review")
     thread.start()
     return Review(session, address, server, thread)  # the listener queues who comes before the server is up
 
 
-def _prepared(session: Session, host: str, port: int) -> tuple[uvicorn.Server, socket.socket, str]:
+def _prepared(
+    session: Session, host: str, port: int, around: str = "'none'"
+) -> tuple[uvicorn.Server, socket.socket, str]:
     listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port = listener.getsockname()[1]
     named = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     token = secrets.token_urlsafe(16)
-    app = make_app(session, token, {f"{name}:{port}" for name in {*_LOCAL, named, *_names(host)}})
+    app = make_app(session, token, {f"{name}:{port}" for name in {*_LOCAL, named, *_names(host)}}, around)
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
     return uvicorn.Server(config), listener, f"http://{named}:{port}/{token}/"
 

@@ -2,7 +2,8 @@
 (() => {
   const $ = (id) => document.getElementById(id);
   const grid = $("grid");
-  const client = (sessionStorage.client ??= crypto.getRandomValues(new Uint32Array(3)).join("-"));
+  let client = crypto.getRandomValues(new Uint32Array(3)).join("-");
+  try { client = (sessionStorage.client ??= client); } catch { /* storage may be forbidden, as inside a notebook */ }
   const trail = []; // answers given here, for undo: page, image, decision before
   const asides = []; // pages left for look-alikes
   let page = null;
