@@ -89,7 +89,7 @@ def _share(options: argparse.Namespace) -> int:
         require(options.file, f"what {options.source} has saved")
     from anomalib_metarefine.curation.manifest import Manifest
     from anomalib_metarefine.curation.review.finish import finish
-    from anomalib_metarefine.curation.share import LABEL_STUDIO_VIEW, read, write
+    from anomalib_metarefine.curation.share import FIFTYONE_LINES, LABEL_STUDIO_VIEW, read, write
 
     folder = options.manifest if options.manifest.is_dir() else options.manifest.parent
     if options.source:
@@ -102,6 +102,11 @@ def _share(options: argparse.Namespace) -> int:
     if options.to == "label-studio":
         print(f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT must be {manifest.root}, and the labeling interface:")
         print(f"  {LABEL_STUDIO_VIEW}")
+    if options.to == "fiftyone":
+        out = options.file.resolve()
+        back = out.with_name(f"{out.name}-back")
+        print(f"In Python with FiftyOne, to look, to change decisions, and to hand them back in {back}:")
+        print(FIFTYONE_LINES.format(folder=str(out), back=str(back)))
     return 0
 
 

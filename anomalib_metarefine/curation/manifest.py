@@ -127,7 +127,7 @@ class Manifest:
         return self.paths(self.rows("reject"))
 
     @property
-    def review(self) -> list[Path]:
+    def doubtful(self) -> list[Path]:
         """Images for a person to look at, worst first."""
         return self.paths(self.rows("review"))
 

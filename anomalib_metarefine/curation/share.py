@@ -5,7 +5,7 @@ Formats:
     COCO: https://cocodataset.org/#format-data; a box around the whole image, its category the decision.
     CVAT for images 1.1: https://docs.cvat.ai/docs/dataset_management/formats/format-cvat; a tag.
     FiftyOneImageClassificationDataset: https://docs.voxel51.com/user_guide/import_datasets.html; ``labels.json`` and,
-    beside it, ``data.json`` with the paths.
+    beside it, ``data.json`` with the paths. `FIFTYONE_LINES` make fields and a saved view of it.
     Label Studio: https://labelstud.io/guide/tasks#Basic-Label-Studio-JSON-format; the rule's decisions are predictions,
     a person's are annotations. Files are served from ``LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT``, the images' root.
 """
@@ -33,6 +33,13 @@ LABEL_STUDIO_VIEW = (
     '<View><Image name="image" value="$image"/><Choices name="decision" toName="image">'
     '<Choice value="keep"/><Choice value="reject"/></Choices></View>'
 )
+FIFTYONE_LINES = """\
+import fiftyone as fo
+kind = {{"dataset_type": fo.types.FiftyOneImageClassificationDataset, "label_field": "decision"}}
+images = fo.Dataset.from_dir(dataset_dir={folder!r}, data_path="data.json", dynamic=True, **kind)
+images.save_view("most suspicious first", images.sort_by("decision.score", reverse=True))
+fo.launch_app(images).wait()
+images.export(export_dir={back!r}, export_media="manifest", **kind)"""
 
 
 def write(manifest: Manifest, path: Path, tool: str) -> Path:

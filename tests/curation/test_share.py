@@ -1,7 +1,9 @@
 """Decisions to and from other tools, by those tools' own loaders where they are installed."""
 
+import inspect
 import json
 import xml.etree.ElementTree as Xml
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -109,3 +111,35 @@ def test_label_studio_accepts_the_tasks_and_the_view(manifest, tmp_path):
     for task in json.loads(write(manifest, tmp_path / "tasks.json", "label-studio").read_text(encoding="utf-8")):
         assert not task.get("predictions") or view.validate_prediction(task["predictions"][0])
         assert not task.get("annotations") or view.validate_annotation(task["annotations"][0])
+
+
+def test_fiftyone_reads_it_by_the_lines_that_are_printed(folder, manifest, tmp_path, capsys):
+    """Its importer and its signatures; a data set of it needs MongoDB."""
+    fiftyone = pytest.importorskip("fiftyone", reason="FiftyOne is not installed.")
+    assert main(["share", str(folder), str(tmp_path / "out"), "--to", "fiftyone"]) == 0
+    calls = {}
+
+    class Images:
+        def __getattr__(self, name):
+            def call(*given, **named):
+                inspect.signature(getattr(fiftyone.Dataset, name)).bind(
+                    *([] if name == "from_dir" else [self]), *given, **named
+                )
+                calls[name] = named
+                return self
+
+            return call
+
+    lines = capsys.readouterr().out.partition("import fiftyone as fo\n")[2]
+    fo = SimpleNamespace(types=fiftyone.types, Dataset=Images(), launch_app=lambda images: SimpleNamespace(wait=int))
+    exec(lines, {"fo": fo})
+    assert list(calls) == ["from_dir", "sort_by", "save_view", "export"]
+    settings = {name: calls["from_dir"][name] for name in ("dataset_dir", "data_path")}
+    importer = calls["from_dir"]["dataset_type"]().get_dataset_importer_cls()(**settings)
+    with importer:
+        found = {path: (label.label, label.score) for path, _, label in importer}
+    rows = manifest.table[manifest.table.decided_by != "unreadable"]
+    assert found == {
+        str(manifest.root / path): (decision, pytest.approx(score, abs=1e-4))
+        for path, decision, score in rows[["image_path", "decision", "score"]].itertuples(index=False)
+    }
