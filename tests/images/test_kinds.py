@@ -20,6 +20,8 @@ from anomalib_metarefine.model.training_images import TrainingImages
 from tests.images.test_reading import HEIGHT, RAMP, UNTURN, WIDTH, write
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "files.md"
+SIXTEEN = (RAMP * 65535).round().astype(np.uint16)
+OPAQUE = np.full((HEIGHT, WIDTH, 1), 65535, np.uint16)
 EIGHT = (RAMP * 255).round().astype(np.uint8)
 GREY = EIGHT[..., 0]
 
@@ -63,9 +65,12 @@ def pages(path):
     return path.with_suffix(".tif")
 
 
-def deep_cmyk(path):
-    tifffile.imwrite(path.with_suffix(".tif"), np.zeros((HEIGHT, WIDTH, 4), np.uint16), photometric="separated")
-    return path.with_suffix(".tif")
+def tiff(levels, **settings):
+    def make(path):
+        tifffile.imwrite(path.with_suffix(".tif"), levels, **settings)
+        return path.with_suffix(".tif")
+
+    return make
 
 
 def cut(path):
@@ -112,7 +117,31 @@ KINDS = [
     ("12 in 16 bits, `--bit-depth 12`, TIFF", deep(np.uint16, 4095, ".tif"), 12, 2e-4),
     ("16 bits, turned by EXIF, PNG", turned(".png", np.uint16, 65535), None, 1e-5),
     ("16 bits, turned by EXIF, TIFF", turned(".tif", np.uint16, 65535), None, 1e-5),
-    ("16 bits, CMYK, TIFF", deep_cmyk, None, None),
+    ("16 bits, CMYK, TIFF", tiff(np.zeros((HEIGHT, WIDTH, 4), np.uint16), photometric="separated"), None, None),
+    (
+        "RGB plane by plane, TIFF",
+        tiff(EIGHT.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
+        None,
+        0.003,
+    ),
+    (
+        "16 bits, RGB plane by plane, TIFF",
+        tiff(SIXTEEN.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
+        None,
+        None,
+    ),
+    (
+        "16 bits, multiplied by its transparency, TIFF",
+        tiff(np.dstack([SIXTEEN // 2, OPAQUE // 2]), photometric="rgb", extrasamples=["assocalpha"]),
+        None,
+        None,
+    ),
+    (
+        "16 bits, grey with alpha, `--bit-depth 12`, TIFF",
+        tiff(np.dstack([SIXTEEN[..., :1], OPAQUE]), photometric="minisblack", extrasamples=["unassalpha"]),
+        12,
+        None,
+    ),
     ("levels above `--bit-depth 12`, PNG", deep(np.uint16, 65535, ".png"), 12, None),
     ("signed 16 bits, TIFF", deep(np.int16, 4095, ".tif"), None, None),
     ("signed 16 bits, `--bit-depth 12`, TIFF", deep(np.int16, 4095, ".tif"), 12, 2e-4),
