@@ -223,6 +223,16 @@ def test_odd_names_pictures_and_the_map(folder, serve, tab):
     assert not page.is_visible("#keys")
 
 
+def test_a_key_that_fails_says_so_and_the_others_go_on(folder, serve, tab):
+    page = tab(serve(folder).address)
+    page.evaluate("window.plane = { draw() { throw new Error('no canvas'); } }")
+    page.keyboard.press("a")
+    page.get_by_text("This page has failed (no canvas). Reload it").wait_for()
+    page.keyboard.press("Escape")
+    page.keyboard.press("r")
+    page.locator('.card[data-decision="reject"]').wait_for()
+
+
 def test_a_lasso_opens_images_and_space_leads_back(folder, serve, tab):
     page = tab(serve(folder).address)
     first = names(page)

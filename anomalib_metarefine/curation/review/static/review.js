@@ -9,6 +9,13 @@
   let page = null;
   let chain = Promise.resolve(); // keys are acted on one after the other, each once the answer before is on the disk
 
+  function queue(act) {
+    chain = chain.then(act).catch((error) => { // one key that fails must not make all others dead
+      $("trouble").textContent = `This page has failed (${error.message}). Reload it; all answers are on the disk.`;
+      $("trouble").hidden = false;
+    });
+  }
+
   const pause = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
   async function post(what, body) {
@@ -179,7 +186,7 @@
     $("all").showModal();
     window.plane.draw(await post("map", {}), (images) => {
       $("all").close();
-      chain = chain.then(() => aside("chosen", { images }));
+      queue(() => aside("chosen", { images }));
     });
   }
 
@@ -222,7 +229,7 @@
     k: "keep", r: "reject", u: "undo", backspace: "undo", " ": "next", g: "good", b: "bad", l: "alike", v: "variant", a: "all", e: "finish", f: "full", m: "map", "?": "help",
   };
   const steps = { arrowleft: -1, arrowright: 1, arrowup: -2, arrowdown: 2 };
-  const act = (name, item) => { chain = chain.then(() => acts[name](item ?? current())); };
+  const act = (name, item) => queue(() => acts[name](item ?? current()));
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
@@ -234,7 +241,7 @@
     event.preventDefault();
     if (dialog && name !== "map") dialog.close();
     if (name) act(name);
-    else chain = chain.then(() => move(steps[key]));
+    else queue(() => move(steps[key]));
   });
   document.addEventListener("click", (event) => {
     const button = event.target.closest("[data-do]");
@@ -244,5 +251,5 @@
     else if (event.target.matches(".card img")) act("full", item);
     else if (item) focus(item);
   });
-  chain = chain.then(async () => show(await post("page", { number: Number(location.hash.slice(1) || -1) })));
+  queue(async () => show(await post("page", { number: Number(location.hash.slice(1) || -1) })));
 })();
