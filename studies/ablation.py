@@ -187,8 +187,7 @@ class _Training:
         whitening, flow, *_ = self.initialisation(_FULL)
         part = Images(self.store.of([self.store.paths[i] for i in np.flatnonzero(kept)]), whitening, self.grid)
         trained = learn_initialisation([part], flow, settings, self.seed, Progress(disable=True))
-        learned = np.ones((len(kept), len(images.positions)), dtype=bool)
-        return fit_density(images, kept, learned, flow, trained, settings, self.seed)
+        return fit_density(images, kept, None, flow, trained, settings, self.seed)
 
     @torch.no_grad()
     def score(self, density: PatchDensity) -> tuple[np.ndarray, float]:

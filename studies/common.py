@@ -11,7 +11,7 @@ from rich.progress import Progress
 from anomalib_metarefine.data.contamination import Contaminated
 from anomalib_metarefine.density.patch_density import new_flow
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
-from anomalib_metarefine.features.extract import collect_features
+from anomalib_metarefine.features.extract import Recipe, collect_features
 from anomalib_metarefine.refinement.engine import Result, refine_images
 from anomalib_metarefine.refinement.fitting import Images, fit_whitening, learn_initialisation
 from anomalib_metarefine.settings import Settings, seed_for
@@ -59,9 +59,10 @@ def all_features(datamodule: Contaminated, data: DataSet) -> Features:
 
 
 def features_of(paths: Iterable[str], data: DataSet) -> Features:
-    """Features of these images at the size that the data set is read with."""
+    """Features of these images, in their order, at the size that the data set is read with."""
     files, backbone = [Path(path) for path in paths], Backbone(OFFLINE_BACKBONE)
-    return collect_features(files, backbone, OFFLINE_BACKBONE, data.image_size, 32, 4096)
+    found = collect_features(files, Recipe(backbone, OFFLINE_BACKBONE, data.image_size), 4096)
+    return found.store.of([str(path) for path in files]), found.grid
 
 
 def begin(features: Features, seed: int, settings: Settings) -> tuple[Images, PatchFlow, Parameters]:

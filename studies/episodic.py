@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from anomalib_metarefine.benchmark.data_sets import DataSet
 from anomalib_metarefine.features.embedding import image_score
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.refinement.fitting import fit_density, image_scores, patch_scores
+from anomalib_metarefine.refinement.fitting import fit_density, likelihoods
 from anomalib_metarefine.settings import Settings, seed_for
 from studies.common import (
     Features,
@@ -158,12 +158,11 @@ def _scores(features: Features, seed: int, sizes: Sequence[int]) -> Iterator[tup
 
     begin = time.perf_counter()
     whitened, flow, initial = meta_trained(features, seed, settings)
-    everything = np.ones((images, len(whitened.positions)), dtype=bool)
     learning = time.perf_counter() - begin
 
     def adapted(support: np.ndarray) -> np.ndarray:
-        density = fit_density(whitened, support, everything, flow, initial, settings, seed)
-        return image_scores(patch_scores(whitened, density, support, everything), settings.tail)
+        density = fit_density(whitened, support, None, flow, initial, settings, seed)
+        return likelihoods(whitened, density, support)
 
     scores = adapted(np.ones(images, dtype=bool))
     yield "flow, all images", scores, time.perf_counter() - begin

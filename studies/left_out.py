@@ -16,7 +16,7 @@ import numpy as np
 
 from anomalib_metarefine.deploy.threshold import _Tail, calibrate
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
-from anomalib_metarefine.features.extract import collect_features
+from anomalib_metarefine.features.extract import Recipe, collect_features
 from anomalib_metarefine.features.store import FeatureStore
 from studies.common import markdown
 from studies.threshold import train
@@ -30,8 +30,8 @@ _RATE = 0.01
 def features(folder: Path, size: tuple[int, int]) -> tuple[FeatureStore, np.ndarray]:
     """Features of all images of a data set, and whether they are defective."""
     paths = sorted([*(folder / "train").rglob("*.*"), *(folder / "test").rglob("*.*")])
-    store, _ = collect_features(paths, Backbone(), OFFLINE_BACKBONE, size, 32, 4096)
-    return store, np.array([path.parent.name != "good" for path in paths])
+    store, *_ = collect_features(paths, Recipe(Backbone(), OFFLINE_BACKBONE, size), 4096)
+    return store, np.array([Path(path).parent.name != "good" for path in store.paths])
 
 
 def thresholds(scores: np.ndarray) -> dict[str, float]:

@@ -80,9 +80,9 @@ def score(density: PatchDensity, family: Family, rows: np.ndarray) -> np.ndarray
     return image_scores(torch.cat(maps), _SETTINGS.tail)
 
 
-def threshold(maps: torch.Tensor, kept: np.ndarray) -> float:
+def threshold(likelihood: np.ndarray, kept: np.ndarray) -> float:
     """From the left-out scores of the kept images; NaN if they are too few."""
-    scores = image_scores(maps, _SETTINGS.tail)[kept]
+    scores = likelihood[kept]
     return calibrate(scores).threshold if len(scores) >= FEWEST_SCORES else float("nan")
 
 
@@ -91,7 +91,7 @@ class Model:
     """What is compared: a density, left-out scores and decisions by number of the image, and its time."""
 
     density: PatchDensity
-    maps: torch.Tensor
+    likelihood: np.ndarray
     kept: dict[int, bool]
     memory: Memory
     seconds: float
@@ -101,7 +101,7 @@ class Model:
         """Of a fit on the images of these numbers."""
         memory = found.memory if isinstance(found, Fit) else Memory.of(found)
         return cls(
-            found.density, found.maps, dict(zip(rows.tolist(), found.kept.tolist(), strict=True)), memory, seconds
+            found.density, found.likelihood, dict(zip(rows.tolist(), found.kept.tolist(), strict=True)), memory, seconds
         )
 
     @property
@@ -125,7 +125,7 @@ def updated(family: Family, model: Model, rows: np.ndarray, seed: int) -> Model:
     begin, old = time.perf_counter(), np.array(list(model.kept))
     stays = np.flatnonzero(np.isin(old, rows))
     added = family.store(np.setdiff1d(rows, old))
-    likelihood = image_scores(model.maps, _SETTINGS.tail)[stays]
+    likelihood = model.likelihood[stays]
     if len(added):
         likelihood = np.append(likelihood, score(model.density, family, np.setdiff1d(rows, old)))
     paths = [f"{row:05d}" for row in old]
@@ -137,7 +137,7 @@ def updated(family: Family, model: Model, rows: np.ndarray, seed: int) -> Model:
 def compare(family: Family, ours: Model, theirs: Model, test: np.ndarray) -> dict[str, float]:
     """Scores, decisions, thresholds, AUROC and times of an update and of a fit from scratch."""
     one, other = (score(model.density, family, test) for model in (ours, theirs))
-    limits = [threshold(model.maps, model.mask) for model in (ours, theirs)]
+    limits = [threshold(model.likelihood, model.mask) for model in (ours, theirs)]
     tested = (one > limits[0]) != (other > limits[1])
     return {
         "difference": float(np.abs(one / other - 1).max()),

@@ -72,6 +72,15 @@ def folder(root: Path, **settings) -> Folder:
     )
 
 
+@pytest.fixture(scope="session")
+def ray_here():
+    """A Ray of two workers on this machine; it takes seconds to start."""
+    ray = pytest.importorskip("ray", reason="Ray (extra `ray`) is not installed.")
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 class Trained(NamedTuple):
     """The checkpoint's model, the folder of its export, the checkpoint."""
 

@@ -50,6 +50,16 @@ def backbone_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=32, help="images at a time in the backbone")
 
 
+def engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where passes over images run."""
+    add = parser.add_argument
+    add("--engine", choices=["local", "joblib", "ray"], default="local", help="where it runs; decisions are the same")
+    add("--workers", type=int, metavar="N", help="of joblib or Ray; default: one for each core or GPU")
+    add("--address", metavar="ADDRESS", help="of a Ray cluster, or auto; default: Ray on this machine")
+    add("--gpus-per-worker", type=float, default=0, metavar="G", help="of Ray, such as 1 or 0.5")
+    add("--work", type=Path, metavar="DIR", help="folder for features, seen by all workers; a killed run goes on there")
+
+
 def command_line(*parts: str | Path) -> str:
     """A command to copy into a shell, whatever is in its file names.
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomalib_metarefine.cli.command import SHOWN, Command, backbone_arguments, command_line, require
+from anomalib_metarefine.cli.command import SHOWN, Command, backbone_arguments, command_line, engine_arguments, require
 from anomalib_metarefine.settings import Settings, parse_settings, setting_help, setting_names
 
 if TYPE_CHECKING:
@@ -59,15 +59,11 @@ def _curate_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(setting_names())
     add("--settings", nargs="+", default=[], metavar="NAME=VALUE", help=f"such as shrinkage=0.1; NAME is of {names}")
     add("--bit-depth", type=int, metavar="BITS", help="bits in use of files with more than 8, such as 12")
-    add(
-        "--ignore",
-        type=Path,
-        metavar="FILE",
-        help="regions to ignore: a picture, black there, or polygons",
-    )
+    add("--ignore", type=Path, metavar="FILE", help="regions to ignore: a picture, black there, or polygons")
     add("--decisions", type=Path, metavar="CSV", help="a person's decisions")
     add("--no-quality", dest="quality", action="store_false", help="skip the search for duplicates, blur and the like")
     add("--fail-above", type=float, metavar="SHARE", help="exit code 1 if a larger share of the images is rejected")
+    engine_arguments(parser)
 
 
 def _curate(options: argparse.Namespace) -> int:
@@ -86,6 +82,7 @@ def _curate(options: argparse.Namespace) -> int:
         from anomalib_metarefine.curation.curate import curate
 
         names = ["root", "backbone", "seed", "batch_size", "quality", "bit_depth", "ignore"]
+        names += ["engine", "workers", "address", "gpus_per_worker", "work"]
         settings = {name: getattr(options, name) for name in names}
         settings["image_size"] = tuple(options.image_size) if options.image_size else None
         if options.extensions:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,8 +20,9 @@ import pandas as pd
 from anomalib_metarefine.curation.evidence import Evidence, gather_evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.report import write_report
-from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE
+from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, REPORT_FILE, locked
 from anomalib_metarefine.features.backbone import OFFLINE_BACKBONE, Backbone
+from anomalib_metarefine.features.executors import Engine, make_executor
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.images.answers import load, read
 from anomalib_metarefine.images.hashes import data_sha256
@@ -91,6 +93,11 @@ def curate(
     ignore: str | Path | None = None,
     memory_limit_mb: float = 2048,
     progress: bool = True,
+    engine: Engine = "local",
+    workers: int | None = None,
+    address: str | None = None,
+    gpus_per_worker: float = 0,
+    work: str | Path | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> Curation:
     """Decide about every training image: keep it, reject it, or have a person look.
@@ -112,8 +119,13 @@ def curate(
         quality (bool): Look for duplicates, blur and bad exposure too.
         bit_depth (int | None): Bits in use of files with more than 8; ``None`` takes those of the file.
         ignore (str | Path | None): Regions of all images to ignore: a picture or polygons, see `read_regions`.
-        memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
+        memory_limit_mb (float): Past it, features go to files in a temporary folder.
         progress (bool): Show progress bars.
+        engine (Engine): Where passes over the images run; see `make_executor`.
+        workers (int | None): Processes or actors.
+        address (str | None): Of a Ray cluster.
+        gpus_per_worker (float): Of Ray.
+        work (str | Path | None): Folder for features, see `collect_features`; a run that was killed goes on from there.
         **settings (Any): Everything else that `Settings` lists, such as ``rule="iqr"``.
 
     Returns:
@@ -130,27 +142,20 @@ def curate(
         >>> Engine().train(Padim(), datamodule=curation.manifest.datamodule(test=my_datamodule))  # doctest: +SKIP
     """
     chosen = Settings(**settings)
-    with progress_bars(progress) as bars:
+    executor = make_executor(engine, workers, address, gpus_per_worker)
+    work = None if work is None else Path(work).absolute()
+    with nullcontext() if work is None else locked(work), progress_bars(progress) as bars:
         network = Backbone(backbone, layers)
         gathered = gather(
-            data,
-            network,
-            backbone,
-            bars,
-            root=root,
-            extensions=extensions,
-            image_size=image_size,
-            batch_size=batch_size,
-            memory_limit_mb=memory_limit_mb,
-            bit_depth=bit_depth,
-            ignore=ignore,
-        )
+            data, network, backbone, bars, root=root, extensions=extensions, image_size=image_size,
+            batch_size=batch_size, memory_limit_mb=memory_limit_mb, bit_depth=bit_depth, ignore=ignore,
+            executor=executor, work=work,
+        )  # fmt: skip
         source, store, seconds = gathered.source, gathered.store, gathered.seconds
         facts = gathered.facts if quality else [replace(fact, findings=()) for fact in gathered.facts]
         known = _known(decisions, dict(zip(source.names, facts, strict=True)))
         begin = time.perf_counter()
         row_of = {str(source.paths[i]): i for i in gathered.readable}
-        store.sort()
         rows = [row_of[path] for path in store.paths]
         decided = {place: known[facts[row].sha256] for place, row in enumerate(rows) if facts[row].sha256 in known}
         answers = {place: decision == "keep" for place, decision in decided.items()}

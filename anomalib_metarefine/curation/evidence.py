@@ -13,19 +13,22 @@ from torch.nn import functional as F
 
 from anomalib_metarefine.curation.run_folder import read_run
 from anomalib_metarefine.curation.schema import require_inside
-from anomalib_metarefine.refinement.patches import LEAST_REPAIRED
+from anomalib_metarefine.refinement.fitting import whitened
+from anomalib_metarefine.refinement.learned import crowded_places
+from anomalib_metarefine.refinement.patches import LEAST_REPAIRED, scale_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from anomalib_metarefine.features.embedding import Whitening
+    from anomalib_metarefine.features.shards import Shard
     from anomalib_metarefine.refinement.engine import Result
-    from anomalib_metarefine.refinement.fitting import Images
+    from anomalib_metarefine.refinement.patches import Places
 
 _COARSE = 4  # rows and columns of the pooled embedding that images are compared by
 _FEWEST_GROUPED = 6  # images: fewer are seen at a glance
 _MOST_GROUPS = 6
 _PEAK = 3  # patches under the map's peak
-_CHUNK = 64  # images at a time
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Evidence:
     # [U x H x W] mask of the patches of these regions
     unusual: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0), dtype=bool))
     images: list[str] = field(default_factory=list)  # image_path of all N images with features
-    # [N x D] half precision, what is unusual about each image (`likeness.deviations`); a review learns from it which
+    # [N x D] half precision, what is unusual about each image (`keep_deviations`); a review learns from it which
     # images look alike there
     features: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float16))
 
@@ -109,59 +112,93 @@ def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> 
     Returns:
         Evidence: Bounded by ``K``.
     """
-    maps, grid = result.maps, result.images.grid
-    limits = (float(maps.median()), float(np.quantile(maps.numpy(), 0.999)))
-    patches = ~result.images.on_grid(result.images.outside_regions(result.usual, LEAST_REPAIRED), True)
-    spoilt = np.flatnonzero(patches.any((1, 2)))
-    unusual = result.scales.deviations
-    if unusual.shape[1] == 0:  # images were not compared
-        unusual = _under_peaks(result.images, maps, np.arange(len(names)))
-    rest = ([names[i] for i in spoilt], patches[spoilt], list(names), unusual.astype(np.float16))
+    images = result.images
+    store, places = images.store, images.places
+    sample = store.read("maps", scale_rows(np.arange(len(names))))
+    limits = (float(np.median(sample)), float(np.quantile(sample, 0.999)))
+    everyone = np.ones(len(names), dtype=bool)
+    narrow = crowded_places(store, "usual", places, LEAST_REPAIRED, everyone)
+    found = store.map(_unusual, (places, narrow), np.arange(len(names)))
+    spoilt, patches = (np.concatenate(part) for part in zip(*found, strict=True))
+    # If images were not compared, it is what lies under the peaks of their maps.
+    features = store.read("deviations") if result.compared else _under_peaks(result, everyone)
+    rest = ([names[i] for i in spoilt], patches, list(names), features.astype(np.float16))
     if len(shown) == 0:
-        return Evidence([], np.empty((0, *grid), np.float16), [], [], limits, *rest)
+        return Evidence([], np.empty((0, *images.grid), np.float16), [], [], limits, *rest)
+    maps = store.read("maps", shown).astype(np.float16)
+    asked = np.zeros(len(names), dtype=bool)
+    asked[shown] = True
+    peaks = _under_peaks(result, asked)[np.searchsorted(np.flatnonzero(asked), shown)]
     return Evidence(
         [names[i] for i in shown],
-        result.images.on_grid(maps[torch.from_numpy(shown)].half().numpy(), float(maps.min())),
+        places.on_grid(maps, float(sample.min())),
         _nearest(result, names, shown),
-        _group(_under_peaks(result.images, maps, shown)),
+        _group(peaks),
         limits,
         *rest,
     )
 
 
-def _under_peaks(images: Images, maps: torch.Tensor, shown: np.ndarray) -> np.ndarray:
-    """Mean whitened embedding of the highest patches, ``[K x D]``."""
+def _unusual(shard: Shard, shared: tuple[Places, np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the images with unusual regions, and the patches of these ``[U x H x W]``."""
+    places, narrow = shared
+    patches = ~places.on_grid(places.outside_regions(shard.read("usual"), LEAST_REPAIRED, narrow), True)
+    spoilt = patches.any((1, 2))
+    return rows[spoilt], patches[spoilt]
+
+
+def _under_peaks(result: Result, asked: np.ndarray) -> np.ndarray:
+    """Mean whitened embedding of the highest patches of the images asked for (mask ``[N]``), ``[K x D]``."""
+    store = result.images.store
+    return np.concatenate(store.map(_peaks_of_shard, result.images.whitening, asked, only=asked))
+
+
+@torch.no_grad()
+def _peaks_of_shard(shard: Shard, whitening: Whitening, asked: np.ndarray) -> np.ndarray:
+    maps, parts = torch.from_numpy(shard.read("maps")), []
     highest = maps.topk(min(_PEAK, maps.shape[1]), dim=1).indices
-    parts = [
-        chunk.gather(1, highest[rows].unsqueeze(2).expand(-1, -1, chunk.shape[2])).mean(1)
-        for rows, chunk in images.chunks(shown)
-    ]
+    for rows, chunk in whitened(shard, whitening, np.flatnonzero(asked)):
+        parts.append(chunk.gather(1, highest[rows].unsqueeze(2).expand(-1, -1, chunk.shape[2])).mean(1))
     return torch.cat(parts).numpy()
 
 
 def _nearest(result: Result, names: Sequence[str], shown: np.ndarray) -> list[str]:
-    candidates = np.flatnonzero(result.kept)
-    looks = _looks(result.images, shown)
-    best = torch.full((len(shown),), float("inf"))
-    found = np.full(len(shown), -1)
-    for start in range(0, len(candidates), _CHUNK):
-        part = candidates[start : start + _CHUNK]
-        distance = torch.cdist(looks, _looks(result.images, part))
+    """For each image shown, the kept one that looks most like it; empty if there is none."""
+    images = result.images
+    looks = torch.cat([_looks(chunk, images.places) for _, chunk in images.chunks(shown)])
+    shared = looks, shown, images.whitening, images.places
+    found = images.store.map(_nearest_of_shard, shared, np.arange(len(names)), result.kept, only=result.kept)
+    distances, rows = (np.stack(part) for part in zip(*found, strict=True))
+    best, columns = distances.argmin(0), np.arange(len(shown))
+    nearest = np.where(np.isfinite(distances[best, columns]), rows[best, columns], -1)
+    return [names[i] if i >= 0 else "" for i in nearest]
+
+
+@torch.no_grad()
+def _nearest_of_shard(
+    shard: Shard,
+    shared: tuple[torch.Tensor, np.ndarray, Whitening, Places],
+    number: np.ndarray,
+    kept: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distance and row of the nearest kept image of a shard, ``[K]`` each."""
+    looks, shown, whitening, places = shared
+    best, found = torch.full((len(shown),), float("inf")), np.full(len(shown), -1)
+    for rows, chunk in whitened(shard, whitening, np.flatnonzero(kept)):
+        part = number[rows]
+        distance = torch.cdist(looks, _looks(chunk, places))
         distance[torch.from_numpy(shown[:, None] == part[None])] = float("inf")
         values, columns = distance.min(1)
         nearer = (values < best).numpy()
         found[nearer] = part[columns.numpy()[nearer]]
         best = torch.minimum(best, values)
-    return [names[i] if i >= 0 else "" for i in found]
+    return best.numpy(), found
 
 
-def _looks(images: Images, rows: np.ndarray) -> torch.Tensor:
-    """Pooled whitened embeddings, ``[n x D * 16]``."""
-    parts = []
-    for _, chunk in images.chunks(rows):
-        maps = torch.from_numpy(images.on_grid(chunk.transpose(1, 2).flatten(0, 1).numpy(), 0.0))
-        parts.append(F.adaptive_avg_pool2d(maps.unflatten(0, (len(chunk), -1)), _COARSE).flatten(1))
-    return torch.cat(parts)
+def _looks(chunk: torch.Tensor, places: Places) -> torch.Tensor:
+    """Pooled whitened embeddings of patches ``[n x P x D]``, ``[n x D * 16]``."""
+    maps = torch.from_numpy(places.on_grid(chunk.transpose(1, 2).flatten(0, 1).numpy(), 0.0))
+    return F.adaptive_avg_pool2d(maps.unflatten(0, (len(chunk), -1)), _COARSE).flatten(1)
 
 
 def _group(features: np.ndarray) -> list[int]:

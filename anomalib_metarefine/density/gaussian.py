@@ -19,6 +19,30 @@ _MIN_REMAINING = 0.05  # of the determinant, when one image is taken out: the ap
 _RIDGE = 1e-3  # added to every positional covariance (unit scale after whitening): flat images have none
 
 
+class PlaceSums(NamedTuple):
+    """What mean and covariance of every place come from: sums over images, which those of other images add to."""
+
+    count: torch.Tensor  # [P]
+    total: torch.Tensor  # [P x D]
+    outer: torch.Tensor  # [P x D x D]
+
+    @classmethod
+    def of(cls, chunks: Iterable[torch.Tensor], learned: torch.Tensor | None = None) -> PlaceSums:
+        """Of whitened patches, read once; arguments as for `PositionalGaussian.fit`."""
+        first, count, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+        for chunk in chunks:
+            by_position = chunk.transpose(0, 1)  # [P x n x D]
+            if learned is not None:
+                by_position = by_position * learned[first : first + len(chunk)].T.unsqueeze(2)
+                count = count + learned[first : first + len(chunk)].sum(0)
+            else:
+                count = count + chunk.new_full((chunk.shape[1],), len(chunk))
+            first += len(chunk)
+            total = total + by_position.sum(1)
+            outer = outer + by_position.transpose(1, 2) @ by_position
+        return cls(count, total, outer)
+
+
 class PositionalGaussian(NamedTuple):
     """Mean and covariance of each grid position, ``z = L^-1 (x - mean)`` with ``L L^T`` the shrunk covariance."""
 
@@ -45,17 +69,12 @@ class PositionalGaussian(NamedTuple):
         Returns:
             PositionalGaussian: The fitted map.
         """
-        first, count, total, outer = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
-        for chunk in chunks:
-            by_position = chunk.transpose(0, 1)  # [P x n x D]
-            if learned is not None:
-                by_position = by_position * learned[first : first + len(chunk)].T.unsqueeze(2)
-                count = count + learned[first : first + len(chunk)].sum(0)
-            else:
-                count = count + chunk.new_full((chunk.shape[1],), len(chunk))
-            first += len(chunk)
-            total = total + by_position.sum(1)
-            outer = outer + by_position.transpose(1, 2) @ by_position
+        return cls.of(PlaceSums.of(chunks, learned), shrinkage)
+
+    @classmethod
+    def of(cls, sums: PlaceSums, shrinkage: float | torch.Tensor) -> PositionalGaussian:
+        """Fit on sums; see `fit`."""
+        count, total, outer = sums
         times = count.view(-1, 1, 1)
         mean = total / times.squeeze(2)
         own = (outer - times * mean.unsqueeze(2) * mean.unsqueeze(1)) / (times - 1).clamp_min(1)

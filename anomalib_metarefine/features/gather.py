@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from anomalib_metarefine import __version__
 from anomalib_metarefine.features.backbone import Backbone, fitting_size
-from anomalib_metarefine.features.extract import collect_features
+from anomalib_metarefine.features.extract import Recipe, collect_features
 from anomalib_metarefine.features.resize import usual_size
-from anomalib_metarefine.images.quality import Descriptor, ImageFacts, describe_file, judge
-from anomalib_metarefine.images.reading import ImageFile, check_bit_depth
+from anomalib_metarefine.images.quality import Descriptor, ImageFacts, judge
+from anomalib_metarefine.images.reading import check_bit_depth
 from anomalib_metarefine.images.regions import looked_at, read_regions
 from anomalib_metarefine.images.sources import EXTENSIONS, Source, read_source
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from anomalib.data import AnomalibDataModule
     from rich.progress import Progress
 
+    from anomalib_metarefine.features.executors import Executor
     from anomalib_metarefine.features.store import FeatureStore
 
 
@@ -57,6 +58,8 @@ def gather(
     memory_limit_mb: float = 2048,
     bit_depth: int | None = None,
     ignore: str | Path | None = None,
+    executor: Executor | None = None,
+    work: Path | None = None,
 ) -> Gathered:
     """Look at images and embed those that can be read; each file is read and decoded once.
 
@@ -73,6 +76,8 @@ def gather(
         memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
         bit_depth (int | None): Bits in use of files with more than 8; ``None`` takes those of the file.
         ignore (str | Path | None): File of regions to ignore, see `read_regions`.
+        executor (Executor | None): See `collect_features`.
+        work (Path | None): See `collect_features`.
 
     Returns:
         Gathered: Images and features.
@@ -86,21 +91,13 @@ def gather(
     source = read_source(data, root, extensions)
     begin = time.perf_counter()
     size = fitting_size(name, image_size or usual_size(source.paths))
-    described: dict[Path, Descriptor] = {}
     task = bars.add_task("features", total=len(source.paths))
-
-    def read(path: Path) -> ImageFile | None:
-        described[path], image = describe_file(path, bit_depth)
-        bars.advance(task)
-        return image
-
-    try:
-        store, grid = collect_features(source.paths, backbone, name, size, batch_size, memory_limit_mb, read, ignored)
-    except ValueError as error:
-        _check_any_readable(source.paths, described, error)
-        raise
+    recipe = Recipe(backbone, name, size, batch_size, bit_depth, ignored)
+    store, grid, described = collect_features(
+        source.paths, recipe, memory_limit_mb, executor, work, lambda images: bars.advance(task, images)
+    )
     embedded = time.perf_counter()
-    facts = judge(source.paths, source.names, [described[path] for path in source.paths])
+    facts = judge(source.paths, source.names, [described[str(path)] for path in source.paths])
     readable = [i for i, fact in enumerate(facts) if fact.unreadable is None]
     _check_contents([facts[i] for i in readable])
     _warn_of_other_readers(described)
@@ -119,15 +116,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_any_readable(paths: Sequence[Path], described: dict[Path, Descriptor], error: ValueError) -> None:
-    if all(path in described and described[path].unreadable is not None for path in paths):
-        msg = (
-            f"None of the {len(paths)} images can be read. The first is {paths[0]} ({described[paths[0]].unreadable})."
-        )
-        raise ValueError(msg) from error
-
-
-def _warn_of_other_readers(described: dict[Path, Descriptor]) -> None:
+def _warn_of_other_readers(described: dict[str, Descriptor]) -> None:
     misread = {path: image.misread for path, image in described.items() if image.misread}
     if misread:
         path, reason = min(misread.items())

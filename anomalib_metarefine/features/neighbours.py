@@ -14,16 +14,19 @@ References:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from anomalib_metarefine.features.embedding import image_score
+from anomalib_metarefine.features.executors import advance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from anomalib_metarefine.features.shards import Shard
     from anomalib_metarefine.features.store import FeatureStore
 
 _DIMENSIONS = 64  # principal components; 32 lost 4 points of AUROC on `screw`, more gained nothing
@@ -35,6 +38,9 @@ _SAMPLE = 65_536  # patches that the principal components are computed from
 class NearestImages:
     """For every patch, the reference images that come nearest to it, and how near.
 
+    The lists stay in the shards of the store. They name references, not images: whoever asks about a set of images
+    hands out one bit a reference, and gets a number an image.
+
     Args:
         store (FeatureStore): Embeddings of all images; results follow its order.
         grid (tuple[int, int]): Rows and columns of patches.
@@ -43,14 +49,13 @@ class NearestImages:
         references (int): Images compared with at most; cost and memory grow with them.
         nearest (int): References remembered for each patch. Where all of them are rejected later, the farthest stands
             for the rest, so that a patch never scores better for it.
-        on_images (Callable[[int], None] | None): Told how many images were done since it was last called.
+        on_images (Callable[[int], None]): Told how many images were done since it was last called.
         variants (np.ndarray | None): ``[N]`` number of each image's variant, for their layouts; ``None`` if one.
         looked (np.ndarray | None): ``[rows * columns]`` mask of the places that the store has; ``None`` means all.
         rows (np.ndarray | None): ``[N]`` rows of the store of the images to compare; ``None`` compares all.
 
     Attributes:
-        distances (np.ndarray): ``[N x P x K]`` half precision, ascending; infinite where there is no other image.
-        images (np.ndarray): ``[N x P x K]``, rows of the store.
+        store (FeatureStore): As given.
         layouts (np.ndarray): ``[V]`` share of the variance of the patches of each variant that their place explains,
             in [0, 1], from its references; NaN where it has none.
     """
@@ -63,41 +68,46 @@ class NearestImages:
         window: int = 1,
         references: int = 300,
         nearest: int = 24,
-        on_images: Callable[[int], None] | None = None,
+        on_images: Callable[[int], None] = lambda _images: None,
         variants: np.ndarray | None = None,
         looked: np.ndarray | None = None,
         rows: np.ndarray | None = None,
     ) -> None:
-        self._grid, self._window, self._looked = grid, window, looked
-        self._latest: tuple[bytes, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self.store = store
+        self._latest: tuple[bytes, float, np.ndarray] | None = None
         generator = torch.Generator().manual_seed(seed)
         count = len(store)
-        chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
+        self._chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
         sample = store.sample_patches(_SAMPLE, generator)
-        self._centre = sample.mean(0)
-        axes = torch.linalg.eigh(torch.cov((sample - self._centre).T)).eigenvectors
-        self._axes = axes.flip(1)[:, :_DIMENSIONS]
-        memory = self._project(store.images(chosen))  # [P x M x D]
+        centre = sample.mean(0)
+        axes = torch.linalg.eigh(torch.cov((sample - centre).T)).eigenvectors.flip(1)[:, :_DIMENSIONS]
+        memory = _project(store.images(self._chosen), centre, axes)
         variants = np.zeros(count, dtype=int) if variants is None else variants
-        self.layouts = np.array([_layout(memory[:, variants[chosen] == v]) for v in range(variants.max() + 1)])
+        own = variants[self._chosen]
+        self.layouts = np.array([_layout(memory[:, own == variant]) for variant in range(variants.max() + 1)])
+        masks = [None if mask is None else mask.tolist() for mask in (looked, rows)]
+        key = repr((store.key, count, seed, window, references, nearest, masks))
+        self._lists = f"lists-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        self._remembers_all = nearest >= len(self._chosen)
+        asked = np.ones(count, dtype=bool)
+        if rows is not None:
+            asked[:] = False
+            asked[rows] = True
+        number = np.full(count, -1)  # of the reference that an image is
+        number[self._chosen] = np.arange(len(self._chosen))
         norms = memory.square().sum(-1)
-        patches, kept = len(memory), min(nearest, len(chosen))
-        self._remembers_all = kept == len(chosen)
-        compared = np.arange(count) if rows is None else rows
-        self.distances = np.empty((len(compared), patches, kept), dtype=np.float16)
-        self.images = np.empty((len(compared), patches, kept), dtype=np.int32)
-        for start in range(0, len(compared), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            squared = self._compare(self._project(store.images(compared[part])), memory, norms)
-            own = torch.from_numpy(compared[part, None] == chosen[None])
-            squared.masked_fill_(own.unsqueeze(0), float("inf"))
-            values, columns = squared.topk(kept, dim=2, largest=False)
-            # Infinity means that there is no such image, so no distance may become infinite by being rounded.
-            values = torch.where(values.isinf(), values, values.sqrt().clamp_max(_FARTHEST))
-            self.distances[part] = values.half().transpose(0, 1).numpy()
-            self.images[part] = chosen[columns.transpose(0, 1).numpy()]
-            if on_images:
-                on_images(values.shape[1])
+        against = _References(self._lists, centre, axes, memory, norms, grid, window, nearest, looked)
+        store.map(_compare, against, number, asked, on_images=on_images)
+
+    @property
+    def distances(self) -> np.ndarray:
+        """``[N x P x K]`` half precision, ascending, of all images; infinite where there is no other image."""
+        return self.store.read(self._lists)["distance"]
+
+    @property
+    def images(self) -> np.ndarray:
+        """``[N x P x K]`` rows of the store."""
+        return self._chosen[self.store.read(self._lists)["reference"]]
 
     def episodic(self, kept: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Distance of every patch to the nearest like it in a random half of the other images of a set.
@@ -110,63 +120,154 @@ class NearestImages:
 
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Mean and standard deviation, ``[N x P]`` each; zero where there is no
-                other image at all. Not to be written to: the next to ask about the set gets the same tensors.
+                other image at all. For few images: elsewhere, see `keep_distances`.
         """
-        # Structure and first round ask the same, and so do the last round and what follows it.
-        asked = kept.tobytes()
-        if self._latest is None or self._latest[0] != asked:
-            results = [self._episodic(slice(i, i + _CHUNK), kept) for i in range(0, len(self.distances), _CHUNK)]
-            mean, deviation = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*results, strict=True))
-            self._latest = asked, (mean, deviation)
-        return self._latest[1]
+        parts = self.store.map(_episodic_of_shard, (self._lists, kept[self._chosen], self._remembers_all))
+        mean, deviation = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+        return mean, deviation
 
-    def image_distances(self, kept: np.ndarray, tail: float) -> np.ndarray:
-        """Mean distance of the most distant patches of each image, see `episodic`, ``[N]``.
+    def image_distances(self, sets: Sequence[np.ndarray], tail: float) -> np.ndarray:
+        """Mean distance of the most distant patches of each image, see `episodic`, ``[S x N]``.
 
         Args:
-            kept (np.ndarray): ``[N]`` mask of the images that support sets are drawn from.
+            sets (Sequence[np.ndarray]): ``S`` masks ``[N]`` of the images that support sets are drawn from.
             tail (float): Share of the patches that count.
         """
-        return image_score(self.episodic(kept)[0], tail).double().numpy()
+        kept = np.array([one[self._chosen] for one in sets])
+        return self.store.per_image(_image_distances, (self._lists, kept, self._remembers_all, tail)).T
 
-    def _episodic(self, rows: slice, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        distances = self.distances[rows].astype(np.float32)
+    def keep_distances(self, kept: np.ndarray, tail: float) -> np.ndarray:
+        """The same of one set, ``[N]``; the shards keep what it comes from as ``distances``, ``[N x P]``."""
+        # Structure and first round ask the same, and so do the last round and what follows it.
+        asked = kept[self._chosen].tobytes()
+        if self._latest is None or self._latest[:2] != (asked, tail):
+            shared = self._lists, kept[self._chosen], self._remembers_all, tail
+            self._latest = asked, tail, self.store.per_image(_keep_distances, shared)
+        return self._latest[2]
+
+    def share_nearest(self, group: np.ndarray) -> np.ndarray:
+        """Share of the patches of each image whose nearest image is of a group (mask ``[N]``), ``[N]``."""
+        return self.store.per_image(_share_nearest, (self._lists, group[self._chosen]))
+
+
+class _References(NamedTuple):
+    """What every image is compared with."""
+
+    lists: str  # name of the lists, which may be there from an earlier run
+    centre: torch.Tensor  # [C]
+    axes: torch.Tensor  # [C x D]
+    memory: torch.Tensor  # [P x M x D]
+    norms: torch.Tensor  # [P x M]
+    grid: tuple[int, int]
+    window: int
+    nearest: int
+    looked: np.ndarray | None
+
+
+@torch.no_grad()
+def _compare(shard: Shard, against: _References, number: np.ndarray, asked: np.ndarray) -> None:
+    """Keep the neighbour lists ``[n x P x K]`` of the images asked for."""
+    if against.lists in shard:
+        advance(len(asked))
+        return
+    patches, count = against.memory.shape[:2]
+    kept, rows = min(against.nearest, count), np.flatnonzero(asked)
+    integer = np.uint16 if count < 2**16 else np.int32
+    lists = np.empty((len(rows), patches, kept), dtype=[("distance", np.float16), ("reference", integer)])
+    embeddings = shard.read("embeddings")
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        chunk = _project(torch.from_numpy(embeddings[part]).float(), against.centre, against.axes)
+        squared = _squared(chunk, against)
+        own = torch.from_numpy(number[part, None] == np.arange(count))
+        squared.masked_fill_(own.unsqueeze(0), float("inf"))
+        values, columns = squared.topk(kept, dim=2, largest=False)
+        # Infinity means that there is no such image, so no distance may become infinite by being rounded.
+        values = torch.where(values.isinf(), values, values.sqrt().clamp_max(_FARTHEST))
+        found = lists[start : start + _CHUNK]
+        found["distance"], found["reference"] = values.half().transpose(0, 1), columns.transpose(0, 1)
+        advance(len(part))
+    shard.write(True, **{against.lists: lists})
+
+
+def _project(embeddings: torch.Tensor, centre: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
+    """Principal components, position first: ``[N x P x C]`` to ``[P x N x D]``."""
+    return ((embeddings - centre) @ axes).transpose(0, 1).contiguous()
+
+
+def _squared(patches: torch.Tensor, against: _References) -> torch.Tensor:
+    """Squared distance to the nearest patch of each reference within the window, ``[P x n x M]``."""
+    (rows, columns), memory, norms = against.grid, against.memory, against.norms
+    places = torch.arange(rows * columns).view(rows, columns)
+    looked = torch.ones(rows * columns, dtype=torch.bool) if against.looked is None else torch.tensor(against.looked)
+    patch_at = looked.cumsum(0) - 1
+    best = torch.full((len(patches), patches.shape[1], memory.shape[1]), float("inf"))
+    farthest_down, farthest_right = min(against.window, rows - 1), min(against.window, columns - 1)
+    for down in range(-farthest_down, farthest_down + 1):
+        for right in range(-farthest_right, farthest_right + 1):
+            here = places[max(0, -down) : rows - max(0, down), max(0, -right) : columns - max(0, right)].flatten()
+            there = here + down * columns + right
+            both = looked[here] & looked[there]
+            here, there = patch_at[here[both]], patch_at[there[both]]
+            inner = torch.baddbmm(norms[there].unsqueeze(1), patches[here], memory[there].mT, alpha=-2)
+            best[here] = torch.minimum(best[here], inner)
+    return (best + patches.square().sum(-1, keepdim=True)).clamp_min_(0)
+
+
+def _episodic_of_shard(shard: Shard, shared: tuple[str, np.ndarray, bool]) -> tuple[np.ndarray, np.ndarray]:
+    name, kept, all_of_them = shared
+    return _episodic(shard.read(name), kept, all_of_them)
+
+
+def _image_distances(shard: Shard, shared: tuple[str, np.ndarray, bool, float]) -> np.ndarray:
+    """``[n x S]``."""
+    name, sets, all_of_them, tail = shared
+    lists = shard.read(name)
+    return np.stack([_tails(_episodic(lists, kept, all_of_them)[0], tail) for kept in sets], 1)
+
+
+def _keep_distances(shard: Shard, shared: tuple[str, np.ndarray, bool, float]) -> np.ndarray:
+    name, kept, all_of_them, tail = shared
+    mean, _ = _episodic(shard.read(name), kept, all_of_them)
+    shard.write(distances=mean)
+    return _tails(mean, tail)
+
+
+def _tails(distances: np.ndarray, tail: float) -> np.ndarray:
+    return image_score(torch.from_numpy(distances), tail).double().numpy()
+
+
+def _share_nearest(shard: Shard, shared: tuple[str, np.ndarray]) -> np.ndarray:
+    name, group = shared
+    return group[shard.read(name)["reference"][:, :, 0]].mean(1)
+
+
+def _episodic(lists: np.ndarray, kept: np.ndarray, all_of_them: bool) -> tuple[np.ndarray, np.ndarray]:
+    """See `NearestImages.episodic`.
+
+    Args:
+        lists (np.ndarray): ``[n x P x K]`` neighbour lists.
+        kept (np.ndarray): Mask of references.
+        all_of_them (bool): Whether the lists have all references.
+    """
+    mean, deviation = np.empty(lists.shape[:2], np.float32), np.empty(lists.shape[:2], np.float32)
+    for start in range(0, len(lists), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        distances = lists["distance"][part].astype(np.float32)
         exists = np.isfinite(distances)
         distances[~exists] = 0
-        usable = exists & kept[self.images[rows]]
+        usable = exists & kept[lists["reference"][part]]
         weights = np.where(usable, 0.5 ** usable.cumsum(-1), 0.0).astype(np.float32)
         total = weights.sum(-1, keepdims=True)
-        if self._remembers_all:  # an empty support set is none
+        if all_of_them:  # an empty support set is none
             weights /= np.where(total > 0, total, 1)
             total = (total > 0).astype(np.float32)
         # What is left of the probability goes to the farthest one remembered: it stands for all beyond.
         farthest = np.maximum(exists.sum(-1) - 1, 0)[..., None]
         np.put_along_axis(weights, farthest, np.take_along_axis(weights, farthest, -1) + 1 - total, -1)
-        mean = (weights * distances).sum(-1)
-        variance = (weights * np.square(distances - mean[..., None])).sum(-1)
-        return mean, np.sqrt(variance)
-
-    def _project(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Principal components, position first: ``[N x P x C]`` to ``[P x N x D]``."""
-        return ((embeddings - self._centre) @ self._axes).transpose(0, 1).contiguous()
-
-    def _compare(self, patches: torch.Tensor, memory: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """Squared distance to the nearest patch of each reference within the window, ``[P x n x M]``."""
-        rows, columns = self._grid
-        places = torch.arange(rows * columns).view(rows, columns)
-        looked = torch.ones(rows * columns, dtype=torch.bool) if self._looked is None else torch.tensor(self._looked)
-        patch_at = looked.cumsum(0) - 1
-        best = torch.full((len(patches), patches.shape[1], memory.shape[1]), float("inf"))
-        farthest_down, farthest_right = min(self._window, rows - 1), min(self._window, columns - 1)
-        for down in range(-farthest_down, farthest_down + 1):
-            for right in range(-farthest_right, farthest_right + 1):
-                here = places[max(0, -down) : rows - max(0, down), max(0, -right) : columns - max(0, right)].flatten()
-                there = here + down * columns + right
-                both = looked[here] & looked[there]
-                here, there = patch_at[here[both]], patch_at[there[both]]
-                inner = torch.baddbmm(norms[there].unsqueeze(1), patches[here], memory[there].mT, alpha=-2)
-                best[here] = torch.minimum(best[here], inner)
-        return (best + patches.square().sum(-1, keepdim=True)).clamp_min_(0)
+        mean[part] = (weights * distances).sum(-1)
+        deviation[part] = np.sqrt((weights * np.square(distances - mean[part, :, None])).sum(-1))
+    return mean, deviation
 
 
 def _layout(memory: torch.Tensor) -> float:

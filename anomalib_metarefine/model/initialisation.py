@@ -142,7 +142,7 @@ def learn_shared(
         settings (Settings | None): Of flow and meta-training; ``None`` takes what `MetaRefine` does by default.
         seed (int): Of everything random.
         batch_size (int): Images at a time in the backbone.
-        memory_limit_mb (float): Of each category; past it, features go to a memory-mapped temporary file.
+        memory_limit_mb (float): Of each category; past it, features go to files in a temporary folder.
         progress (bool): Show progress bars.
 
     Returns:

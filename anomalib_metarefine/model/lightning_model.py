@@ -52,7 +52,6 @@ from anomalib_metarefine.model.training_images import (
 from anomalib_metarefine.model.update import update
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import refine_images
-from anomalib_metarefine.refinement.fitting import image_scores
 from anomalib_metarefine.refinement.rounds import Refinement
 from anomalib_metarefine.settings import Settings, setting_names, settings_docstring
 
@@ -88,7 +87,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             decided about training images holds against the rule, and guides refinement. Images are known by content.
         ignore (str | Path | None): File of regions that are not looked at, in no image: a picture, black there, or
             polygons (`read_regions`). They lie in the whole image, which the ``pre_processor`` must not crop.
-        memory_limit_mb (float): Past it, features go to a memory-mapped temporary file.
+        memory_limit_mb (float): Past it, features go to files in a temporary folder.
         remember_mb (float): Megabytes of features that the checkpoint may hold, so that the model can be updated
             without the images (``update``); 0 leaves them out. ``print(model)`` tells how many it holds.
         pre_processor (nn.Module | bool): See anomalib. The default resizes to ``image_size`` and normalises as the
@@ -266,7 +265,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         self.model.to(self.device)
         left_out = result.refinement.left_out | self._images.unreadable
         self.refinement = replace(result.refinement, left_out=left_out)
-        self.left_out_scores = image_scores(result.maps, self.settings.tail).tolist()
+        self.left_out_scores = result.likelihood.tolist()
         variants = len(result.density.gaussians)
         looked = self.model.looked
         self.provenance = {

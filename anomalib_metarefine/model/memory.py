@@ -29,7 +29,7 @@ from anomalib_metarefine.refinement.fitting import Images
 from anomalib_metarefine.refinement.structure import Structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from anomalib_metarefine.density.patch_density import Parameters
     from anomalib_metarefine.refinement.engine import Result
@@ -37,21 +37,6 @@ if TYPE_CHECKING:
 
 _MOMENTS = 65_536  # patches that mean and covariance are computed from
 _WHITENED_MB = 256  # of embeddings; of more, the whitened ones would take too much memory
-_CHUNK = 64  # images, as stores have them
-
-
-@dataclass(frozen=True)
-class _WhitenedImages(Images):
-    """Images that are whitened once: an update goes through them four times."""
-
-    whitened: torch.Tensor | None = None  # [N x P x D]
-
-    def chunks(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """As `Images` has them."""
-        rows = np.arange(len(self.store)) if rows is None else rows
-        for start in range(0, len(rows), _CHUNK):
-            part = rows[start : start + _CHUNK]
-            yield part, self.whitened[part]
 
 
 @dataclass(frozen=True)
@@ -97,13 +82,13 @@ class Memory:
         """What is to be remembered of a run of the engine."""
         store, whitening = result.images.store, result.density.whitening
         embeddings = store.images().half()
-        learned = torch.from_numpy(result.learned.copy())
+        learned = torch.from_numpy(store.read("learned"))
         kept = torch.from_numpy(result.kept)
         return cls(
             embeddings, result.images.grid, whitening.mean, whitening.projection,
             {name: value.detach() for name, value in result.initial.items()}, learned,
-            None if result.distances is None else torch.from_numpy(result.distances).half(),
-            not result.usual.all(), result.structure.kind, result.structure.kinds, result.structure.names,
+            torch.from_numpy(store.read("distances")).half() if result.compared else None,
+            not store.read("usual").all(), result.structure.kind, result.structure.kinds, result.structure.names,
             torch.from_numpy(result.structure.variants.copy()),
             _moments(whitening, embeddings[kept]), len(store),
         )  # fmt: skip
@@ -128,9 +113,9 @@ class Memory:
         """The images as the engine sees them, by their paths."""
         store, variants = FeatureStore(), self.variants.numpy()
         store.add(paths, self.embeddings)
-        if self.embeddings.nbytes > _WHITENED_MB * 2**20:
-            return Images(store, self.whitening, self.grid, variants)
-        return _WhitenedImages(store, self.whitening, self.grid, variants, whitened=self.whitening(store.images()))
+        if self.embeddings.nbytes <= _WHITENED_MB * 2**20:  # an update goes through them four times
+            store.keep(whitened=self.whitening(store.images()).numpy())
+        return Images(store, self.whitening, self.grid, variants)
 
     def take(self, rows: np.ndarray) -> Memory:
         """Of some of the images only, in this order."""

@@ -11,8 +11,8 @@ import torch
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.model.memory import Memory
 from anomalib_metarefine.refinement.engine import refine_images, scored
-from anomalib_metarefine.refinement.fitting import fit_density, patch_scores
-from anomalib_metarefine.refinement.patches import LEAST_REGION, outside_regions, usual_patches
+from anomalib_metarefine.refinement.fitting import fit_density, image_scores, likelihoods
+from anomalib_metarefine.refinement.patches import LEAST_REGION, Places, is_usual, usual_limit
 from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.settings import Settings, seed_for
 
@@ -53,14 +53,14 @@ class Fit(NamedTuple):
     Attributes:
         memory (Memory): Of all ``N`` images.
         density (PatchDensity): Fitted on the kept ones.
-        maps (torch.Tensor): ``[N x P]`` patch scores, those of fitted patches as if left out.
+        likelihood (np.ndarray): ``[N]`` scores under it, those of fitted images as if left out.
         kept (np.ndarray): ``[N]`` mask.
         scores (np.ndarray): ``[N]``, in spreads of the kept images.
     """
 
     memory: Memory
     density: PatchDensity
-    maps: torch.Tensor
+    likelihood: np.ndarray
     kept: np.ndarray
     scores: np.ndarray
 
@@ -131,7 +131,11 @@ def fit_standing(changed: Changed, flow: PatchFlow, settings: Settings, seed: in
             distances[fresh] = neighbours.episodic(kept)[0]
     memory = replace(memory, distances=None if distances is None else distances.half(), variants=variants)
     images, structure = replace(images, variants=variants.numpy()), memory.structure
-    scales = scored(images, changed.likelihood, distances, kept, structure, settings, changed.answers)
+    image_distances = None
+    if distances is not None:
+        images.store.keep(distances=distances.numpy())
+        image_distances = image_scores(distances, settings.neighbour_tail)
+    scales = scored(images, changed.likelihood, image_distances, kept, structure, settings, changed.answers)
     if distances is not None:
         kept = kept & ~(changed.fresh & get_rule(settings.rule).reject(scales).images)
     kept[list(changed.answers)] = list(changed.answers.values())
@@ -142,11 +146,12 @@ def fit_standing(changed: Changed, flow: PatchFlow, settings: Settings, seed: in
     for group in range(groups.max() + 1):  # places of which nothing would be left to learn
         rows = kept & (groups == group)
         learned[np.ix_(rows, ~learned[rows].any(0))] = True
-    density = fit_density(images, kept, learned, flow, memory.initial, settings, seed)
+    images.store.keep(learned=learned)
+    density = fit_density(images, kept, "learned", flow, memory.initial, settings, seed)
     bars.advance(task)
-    maps = patch_scores(images, density, kept, learned)
+    likelihood = likelihoods(images, density, kept, "learned")
     bars.advance(task)
-    return Fit(replace(memory, learned=torch.from_numpy(learned)), density, maps, kept, scales.scores)
+    return Fit(replace(memory, learned=torch.from_numpy(learned)), density, likelihood, kept, scales.scores)
 
 
 def fit_all_anew(changed: Changed, flow: PatchFlow, settings: Settings, seed: int, bars: Progress) -> Fit:
@@ -155,7 +160,7 @@ def fit_all_anew(changed: Changed, flow: PatchFlow, settings: Settings, seed: in
     start = (memory.whitening, flow, memory.initial)
     result = refine_images(images.store, images.grid, settings, seed, bars, start=start, answers=changed.answers)
     found = replace(Memory.of(result), moments=memory.moments, trained=memory.trained)
-    return Fit(found, result.density, result.maps, result.kept, np.array(result.refinement.scores))
+    return Fit(found, result.density, result.likelihood, result.kept, np.array(result.refinement.scores))
 
 
 def _learned(memory: Memory, kept: np.ndarray, fresh: np.ndarray, fence: float) -> np.ndarray:
@@ -165,7 +170,7 @@ def _learned(memory: Memory, kept: np.ndarray, fresh: np.ndarray, fence: float) 
         memory (Memory): With the distances of the new images.
         kept (np.ndarray): ``[N]`` mask.
         fresh (np.ndarray): ``[N]`` mask of the new images.
-        fence (float): See `usual_patches`.
+        fence (float): See `usual_limit`.
     """
     learned, structure = memory.learned.numpy().copy(), memory.structure
     if not memory.regions or memory.distances is None:
@@ -174,8 +179,8 @@ def _learned(memory: Memory, kept: np.ndarray, fresh: np.ndarray, fence: float) 
     for variant in np.unique(structure.variants[fresh & structure.judged]):
         own = structure.variants == variant
         usual = np.ones(learned.shape, dtype=bool)
-        usual[own & kept] = usual_patches(distances[own & kept], fence)
-        learned[own & fresh] = outside_regions(usual[own], memory.grid, LEAST_REGION)[fresh[own]]
+        usual[own & kept] = is_usual(distances[own & kept], usual_limit(distances[own & kept], fence))
+        learned[own & fresh] = Places(memory.grid, None).outside_regions(usual[own], LEAST_REGION)[fresh[own]]
     return learned
 
 

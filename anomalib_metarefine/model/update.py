@@ -233,7 +233,7 @@ def _take_over(
         before, paths=paths, kept=fit.kept.tolist(), scores=fit.scores.tolist(), rounds=[], stop_reason="updated",
         unusual_patches=unusual,
     )  # fmt: skip
-    model.left_out_scores = image_scores(fit.maps, model.settings.tail).tolist()
+    model.left_out_scores = fit.likelihood.tolist()
     recalibrated = _recalibrate(model)
     decisions = np.where(fit.kept, "keep", "reject").tolist()
     was = dict(zip(before.paths, before.kept, strict=True))

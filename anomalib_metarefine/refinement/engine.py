@@ -14,17 +14,9 @@ import numpy as np
 
 from anomalib_metarefine.density.patch_density import new_flow
 from anomalib_metarefine.features.neighbours import NearestImages
-from anomalib_metarefine.refinement.fitting import (
-    Images,
-    fit_density,
-    fit_whitening,
-    gaussian_scores,
-    image_scores,
-    learn_initialisation,
-    patch_scores,
-)
-from anomalib_metarefine.refinement.likeness import FEWEST_IMAGES, deviations, likeness
-from anomalib_metarefine.refinement.patches import LEAST_REGION, keeps_order, usual_patches
+from anomalib_metarefine.refinement.fitting import Images, fit_density, fit_whitening, learn_initialisation, likelihoods
+from anomalib_metarefine.refinement.learned import choose_patches
+from anomalib_metarefine.refinement.likeness import FEWEST_IMAGES, keep_deviations, likeness
 from anomalib_metarefine.refinement.rounds import Refinement, Round, record, run_rounds
 from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.refinement.scales import Scales
@@ -41,12 +33,12 @@ from anomalib_metarefine.settings import Settings, seed_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import torch
     from rich.progress import Progress
 
     from anomalib_metarefine.density.flow import PatchFlow
     from anomalib_metarefine.density.patch_density import Parameters, PatchDensity
     from anomalib_metarefine.features.embedding import Whitening
+    from anomalib_metarefine.features.shards import Shard
     from anomalib_metarefine.features.store import FeatureStore
 
 
@@ -56,16 +48,19 @@ class Scored(Scales):
 
     Attributes:
         parts (dict[str, np.ndarray]): What the scores are made of, ``[N]`` each.
-        deviations (np.ndarray): ``[N x D]``, see `likeness.deviations`; ``[N x 0]`` where images were not compared.
     """
 
     parts: dict[str, np.ndarray] = field(default_factory=dict)
-    deviations: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 @dataclass(frozen=True)
 class Result:
     """What the engine found about ``N`` images of ``P`` patches.
+
+    What it found about patches stays in the shards of ``images.store``, ``[n x P]`` each: ``maps``, scores in bits per
+    dimension, those of fitted patches as if left out; ``learned`` and ``usual``, masks of the patches that kept images
+    were learned from and of those that look usual for their place; where images were compared, ``distances`` to the
+    nearest other kept ones, and ``deviations``, ``[n x D]``, see `keep_deviations`.
 
     Attributes:
         refinement (Refinement): Decisions, scores and rounds, as they are kept in a checkpoint.
@@ -74,10 +69,8 @@ class Result:
         images (Images): What was looked at.
         density (PatchDensity): Fitted on the kept images.
         initial (Parameters): Where the flow of the density began.
-        maps (torch.Tensor): ``[N x P]`` patch scores, bits per dimension, of fitted patches as if left out.
-        distances (np.ndarray | None): ``[N x P]`` distance to the nearest other kept images; ``None`` if not compared.
-        learned (np.ndarray): ``[N x P]`` mask of the patches that kept images were learned from.
-        usual (np.ndarray): ``[N x P]`` mask of the patches that look usual for their place.
+        likelihood (np.ndarray): ``[N]`` scores under the density, those of fitted images as if left out.
+        compared (bool): Whether images were compared.
     """
 
     refinement: Refinement
@@ -86,10 +79,8 @@ class Result:
     images: Images
     density: PatchDensity
     initial: Parameters
-    maps: torch.Tensor
-    distances: np.ndarray | None
-    learned: np.ndarray
-    usual: np.ndarray
+    likelihood: np.ndarray
+    compared: bool
 
     @property
     def kept(self) -> np.ndarray:
@@ -131,7 +122,7 @@ def refine_images(
     Raises:
         ValueError: If variants are to be those of a column, and there is none.
     """
-    rule = get_rule(settings.rule)
+    store, rule = store.fresh, get_rule(settings.rule)
     given = _given(store, settings, labels)
     neighbours, structure = _compare(store, grid, given, settings, seed, progress, looked)
     images, flow, initial = _beginning(store, grid, structure.variants, looked, settings, seed, progress, start, log)
@@ -144,23 +135,25 @@ def refine_images(
         log({"refine/rejected": float(outcome.rejected)}, number)
 
     rounds = run_rounds(score, len(store), rule, settings.rounds, answers, report)
-    learned, usual = score.patches_to_learn(rounds.kept)
-    density = fit_density(images, rounds.kept, learned, flow, initial, settings, seed)
-    maps = patch_scores(images, density, rounds.kept, learned)
+    choose_patches(images, structure, rounds.kept, settings, neighbours is not None)
+    density = fit_density(images, rounds.kept, "learned", flow, initial, settings, seed)
+    likelihood = likelihoods(images, density, rounds.kept, "learned", keep="maps")
     progress.update(task, completed=settings.rounds + 1)
-    left_out = 1 - float(learned[rounds.kept].mean())
+    left_out = 1 - sum(store.map(_learned, None, rounds.kept)) / (rounds.kept.sum() * len(images.positions))
     structure = replace(structure, unlearned=int((rounds.kept & (images.groups(rounds.kept) < 0)).sum()))
-    refinement = record(rounds, store.paths, structure.describe(), store.left_out, left_out)
-    distances = None if neighbours is None else neighbours.episodic(rounds.kept)[0].numpy()
-    return Result(
-        refinement, rounds.scales, structure, images, density, initial, maps, distances, learned, usual
-    )  # fmt: skip
+    refinement = record(rounds, store.paths, structure.describe(), store.left_out, float(left_out))
+    compared = neighbours is not None
+    return Result(refinement, rounds.scales, structure, images, density, initial, likelihood, compared)
+
+
+def _learned(shard: Shard, _shared: None, kept: np.ndarray) -> int:
+    return int(shard.read("learned")[kept].sum())
 
 
 def scored(
     images: Images,
     likelihood: np.ndarray | None,
-    distances: torch.Tensor | None,
+    distances: np.ndarray | None,
     kept: np.ndarray,
     structure: Structure,
     settings: Settings,
@@ -169,9 +162,9 @@ def scored(
     """The parts of a score put together, and what images share with suspicious ones.
 
     Args:
-        images (Images): All ``N`` images.
+        images (Images): All ``N`` images; if they were compared, their shards have ``distances`` of patches.
         likelihood (np.ndarray | None): ``[N]`` scores under a density; ``None`` leaves them out.
-        distances (torch.Tensor | None): ``[N x P]`` to the nearest other images; ``None`` if they were not compared.
+        distances (np.ndarray | None): ``[N]`` to the nearest other images; ``None`` if they were not compared.
         kept (np.ndarray): ``[N]`` mask of the images that count as normal.
         structure (Structure): What kind of folder it is.
         settings (Settings): See `MetaRefine`.
@@ -184,26 +177,21 @@ def scored(
     if distances is None:
         return Scored(hybrid(parts, {"likelihood": 1.0}, kept), kept=kept, parts=parts)
     if settings.neighbour_weight > 0:
-        parts["neighbours"] = image_scores(distances, settings.neighbour_tail)
+        parts["neighbours"] = distances
     weights = {"likelihood": settings.likelihood_weight, "neighbours": settings.neighbour_weight}
     variants, comparable = structure.variants, structure.comparable
     scores = hybrid(parts, weights, kept, variants)
-    unusual = deviations(images.chunks(), distances, kept, variants)
+    keep_deviations(images, kept, variants)
     if settings.likeness_weight == 0 or len(scores) < FEWEST_IMAGES:
-        return Scored(scores, None, kept, comparable, parts=parts, deviations=unusual)
-
-    def with_likeness(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        alike, trust = likeness(unusual, values, answers)
-        alike = standardised(alike, kept, variants)
-        return standardised(values + settings.likeness_weight * trust * alike, kept, variants), alike
-
+        return Scored(scores, None, kept, comparable, parts=parts)
     # All of it orders the images; distance and likeness alone reject them, see `Scales`.
-    total, alike = with_likeness(scores)
-    distance = None
-    if len(parts) > 1:
-        distance, alike = with_likeness(standardised(parts["neighbours"], kept, variants))
-    alike = np.where(structure.judged, alike, np.nan)
-    return Scored(total, alike, kept, comparable, distance, parts, unusual)
+    ordered = [scores] if len(parts) == 1 else [scores, standardised(parts["neighbours"], kept, variants)]
+    totals = []
+    for values, (alike, trust) in zip(ordered, likeness(images.store, ordered, answers), strict=True):
+        alike = standardised(alike, kept, variants)  # noqa: PLW2901
+        totals.append(standardised(values + settings.likeness_weight * trust * alike, kept, variants))
+    distance = totals[1] if len(totals) > 1 else None
+    return Scored(totals[0], np.where(structure.judged, alike, np.nan), kept, comparable, distance, parts)
 
 
 @dataclass(frozen=True)
@@ -221,48 +209,13 @@ class _Scorer:
 
     def __call__(self, kept: np.ndarray) -> Scored:
         """Fit on the images of a mask ``[N]``, score all."""
-        likelihood = None
+        likelihood = distances = None
         if self.neighbours is None or self.settings.likelihood_weight > 0:
-            likelihood = image_scores(self._maps(kept), self.settings.tail)
-        distances = None if self.neighbours is None else self.neighbours.episodic(kept)[0]
+            density = fit_density(self.images, kept, None, self.flow, self.initial, self.settings, self.seed)
+            likelihood = likelihoods(self.images, density, kept)
+        if self.neighbours is not None:
+            distances = self.neighbours.keep_distances(kept, self.settings.neighbour_tail)
         return scored(self.images, likelihood, distances, kept, self.structure, self.settings, self.answers)
-
-    def patches_to_learn(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Masks ``[N x P]`` of the patches to learn from, and of those that look usual for their place.
-
-        A dirty image that no rule rejects is still unusual somewhere: on KolektorSDD with 10 % dirty images, leaving
-        such regions out after the rounds is worth 4 points of image AUROC. Each variant has its own usual, and a
-        small one none. Not so where images would change their order without the unusual regions.
-        """
-        usual = np.ones((len(kept), len(self.images.positions)), dtype=bool)
-        learned = usual.copy()
-        if self.neighbours is None or self.settings.patch_fence == 0 or not self.structure.comparable:
-            return learned, usual
-        distances = self.neighbours.episodic(kept)[0].numpy()
-        for variant in np.unique(self.structure.variants):
-            own = self.structure.judged & (self.structure.variants == variant)
-            self._leave_out(own, own & kept, distances, learned, usual)
-        return learned, usual
-
-    def _leave_out(
-        self, own: np.ndarray, kept: np.ndarray, distances: np.ndarray, learned: np.ndarray, usual: np.ndarray
-    ) -> None:
-        """Mark the unusual patches of a variant, and what lies around them, in the masks ``[N x P]`` of all images."""
-        looks_usual = np.ones(usual.shape, dtype=bool)
-        looks_usual[kept] = usual_patches(distances[kept], self.settings.patch_fence)
-        if looks_usual.all():
-            return
-        everything, outside = np.ones(usual.shape, dtype=bool), np.ones(usual.shape, dtype=bool)
-        outside[own] = self.images.outside_regions(looks_usual[own], LEAST_REGION)
-        before, after = (gaussian_scores(self.images, kept, mask, self.settings) for mask in (everything, outside))
-        if keeps_order(before, after):
-            learned &= outside
-            usual &= looks_usual
-
-    def _maps(self, kept: np.ndarray) -> torch.Tensor:
-        everyone = np.ones((len(kept), len(self.images.positions)), dtype=bool)
-        density = fit_density(self.images, kept, everyone, self.flow, self.initial, self.settings, self.seed)
-        return patch_scores(self.images, density, kept, everyone)
 
 
 def _given(store: FeatureStore, settings: Settings, labels: Sequence[str] | None) -> GivenVariants | None:

@@ -1,7 +1,8 @@
 """Fitting a density on the images that are kept: whitening, Gaussians of places, a flow from its initialisation.
 
-Each is a function of its inputs and of a seed of its own. Memory stays bounded: images are whitened chunk by chunk, and
-gradient steps draw their patches from a pool of limited size.
+Each is a function of its inputs and of a seed of its own. Memory stays bounded: what goes over all images is a pass
+over the shards of a store, and gradient steps draw their patches from a pool of limited size. Which patches are learned
+from is said by the name of a mask ``[n x P]`` in every shard; ``None`` means all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from anomalib_metarefine.density.flow import bits_per_dimension, position_code
-from anomalib_metarefine.density.gaussian import PositionalGaussian
+from anomalib_metarefine.density.gaussian import PlaceSums, PositionalGaussian
 from anomalib_metarefine.density.patch_density import (
     Parameters,
     PatchDensity,
@@ -25,7 +26,7 @@ from anomalib_metarefine.features.embedding import Whitening, image_score
 from anomalib_metarefine.meta.episodes import Category, draw_patches
 from anomalib_metarefine.meta.maml import get_learner
 from anomalib_metarefine.meta.training import meta_train
-from anomalib_metarefine.refinement.patches import outside_regions
+from anomalib_metarefine.refinement.patches import Places
 from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from anomalib_metarefine.density.flow import PatchFlow
+    from anomalib_metarefine.features.shards import Shard
     from anomalib_metarefine.features.store import FeatureStore
 
 _POOL = 384  # images that gradient steps draw from
+_CHUNK = 64  # images at a time
 _WHITENING_PATCHES = 65_536  # enough for 150 channels; more change no digit that matters
 FEWEST_LEARNED = 5  # kept images of a variant that has Gaussians of its own
 _POOLED_IMAGES = 20  # that the pooled covariance counts for: it takes half of the weight among as many
@@ -67,18 +70,10 @@ class Images:
         codes = position_code(*self.grid)
         return codes if self.looked is None else codes[torch.from_numpy(self.looked)]
 
-    def on_grid(self, values: np.ndarray, ignored: float | bool) -> np.ndarray:
-        """Values of patches ``[n x P]`` as maps ``[n x rows x columns]``, with a value for places that are ignored."""
-        if self.looked is None:
-            return values.reshape(-1, *self.grid)
-        maps = np.full((len(values), len(self.looked)), ignored, dtype=values.dtype)
-        maps[:, self.looked] = values
-        return maps.reshape(-1, *self.grid)
-
-    def outside_regions(self, usual: np.ndarray, least: int) -> np.ndarray:
-        """See `patches.outside_regions`, ``[N x P]``; what is ignored is no part of a region."""
-        outside = outside_regions(self.on_grid(usual, True).reshape(len(usual), -1), self.grid, least)
-        return outside if self.looked is None else outside[:, self.looked]
+    @property
+    def places(self) -> Places:
+        """Where the patches lie."""
+        return Places(self.grid, self.looked)
 
     def groups(self, kept: np.ndarray) -> np.ndarray:
         """Number of the Gaussian that each image counts for, ``[N]``: one for each variant.
@@ -92,11 +87,23 @@ class Images:
         numbers = np.where(large, large.cumsum() - 1, -1) if large.any() else np.zeros(len(large), dtype=int)
         return numbers[self.variants]
 
-    def chunks(self, rows: np.ndarray | None = None) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Rows and whitened patches ``[n x P x D]``, a few images at a time; of all images by default."""
-        rows = np.arange(len(self.store)) if rows is None else rows
+    def chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Rows and whitened patches ``[n x P x D]`` of some images, a few at a time."""
         for part, embeddings in self.store.chunks(rows):
             yield part, self.whitening(embeddings)
+
+
+def whitened(
+    shard: Shard, whitening: Whitening, rows: np.ndarray | None = None
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Rows of a shard and their whitened patches ``[n x P x D]``, a few images at a time; of all by default."""
+    ready = "whitened" in shard
+    patches = shard.read("whitened" if ready else "embeddings")
+    rows = np.arange(len(patches)) if rows is None else rows
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        chunk = torch.from_numpy(patches[part]).float()
+        yield part, chunk if ready else whitening(chunk)
 
 
 def fit_whitening(stores: Sequence[FeatureStore], dimensions: int, seed: int) -> Whitening:
@@ -133,7 +140,7 @@ def learn_initialisation(
 def fit_density(
     images: Images,
     kept: np.ndarray,
-    learned: np.ndarray,
+    learned: str | None,
     flow: PatchFlow,
     initial: Parameters,
     settings: Settings,
@@ -144,7 +151,7 @@ def fit_density(
     Args:
         images (Images): All images.
         kept (np.ndarray): ``[N]`` mask of those to learn from.
-        learned (np.ndarray): ``[N x P]`` mask of the patches to learn from.
+        learned (str | None): Name of the mask of the patches to learn from.
         flow (PatchFlow): The architecture.
         initial (Parameters): The meta-learned initialisation.
         settings (Settings): See `MetaRefine`.
@@ -156,7 +163,8 @@ def fit_density(
     )
     generator = torch.Generator().manual_seed(seed_for(seed, "adaptation"))
     rows = _pool_rows(kept & (groups >= 0), generator)
-    pool, usable = _pool(images, rows, gaussians, groups[rows]), torch.from_numpy(learned[rows]).nonzero()
+    mask = images.store.read(learned, rows) if learned else np.ones((len(rows), len(images.positions)), dtype=bool)
+    pool, usable = _pool(images, rows, gaussians, groups[rows]), torch.from_numpy(mask).nonzero()
     batches = (
         draw_patches(pool, images.positions, usable, settings.batch_patches, generator)
         for _ in range(settings.adaptation_steps)
@@ -166,26 +174,26 @@ def fit_density(
     return PatchDensity(images.whitening, gaussians, flow, parameters, settings.tail)
 
 
-def fit_gaussian(images: Images, kept: np.ndarray, learned: np.ndarray, shrinkage: float) -> PositionalGaussian:
-    """Positional whitening of the kept images (``[N]`` mask), of the patches ``[N x P]`` to learn from.
+def fit_gaussian(images: Images, kept: np.ndarray, learned: str | None, shrinkage: float) -> PositionalGaussian:
+    """Positional whitening of the kept images (``[N]`` mask), of the patches to learn from.
 
     The pooled covariance weighs ``shrinkage``, and more where images are few: a covariance of few images gives higher
     scores to new ones, and one threshold is to do for variants of 20 and of 200 images.
     """
-    chunks = (chunk for _, chunk in images.chunks(np.flatnonzero(kept)))
-    mask = torch.from_numpy(learned[kept])
-    weight = (_POOLED_IMAGES / (_POOLED_IMAGES + mask.sum(0))).clamp_min(shrinkage)
-    return PositionalGaussian.fit(chunks, weight, mask)
+    found = images.store.total(_place_sums, (images.whitening, learned), kept, only=kept)
+    sums = PlaceSums(*(part.float() for part in found))
+    return PositionalGaussian.of(sums, (_POOLED_IMAGES / (_POOLED_IMAGES + sums.count)).clamp_min(shrinkage))
 
 
-@torch.no_grad()
-def patch_scores(images: Images, density: PatchDensity, kept: np.ndarray, learned: np.ndarray) -> torch.Tensor:
-    """Bits per dimension of all patches, ``[N x P]``; those the density was fitted on as if left out."""
-    maps = torch.empty(learned.shape)
-    fitted = torch.from_numpy(np.where(learned & kept[:, None], images.groups(kept)[:, None], -1))
-    for rows, chunk in images.chunks():
-        maps[rows] = density.score(chunk, images.positions, fitted[rows])
-    return maps
+def likelihoods(
+    images: Images, density: PatchDensity, kept: np.ndarray, learned: str | None = None, keep: str = ""
+) -> np.ndarray:
+    """Scores of all images under a density, ``[N]``, in bits per dimension, those it was fitted on as if left out.
+
+    Shards keep those of the patches, ``[n x P]``, if ``keep`` gives them a name.
+    """
+    fitted = np.where(kept, images.groups(kept), -1)
+    return images.store.per_image(_likelihoods, (density, images.positions, learned, keep), fitted)
 
 
 def image_scores(patches: torch.Tensor, tail: float) -> np.ndarray:
@@ -193,23 +201,18 @@ def image_scores(patches: torch.Tensor, tail: float) -> np.ndarray:
     return image_score(patches, tail).double().numpy()
 
 
-def gaussian_scores(images: Images, kept: np.ndarray, learned: np.ndarray, settings: Settings) -> np.ndarray:
+def gaussian_scores(images: Images, kept: np.ndarray, learned: str | None, settings: Settings) -> np.ndarray:
     """Scores of the kept images by the Gaussians alone, ``[n]``: what the flow adds is far smaller."""
     gaussian = fit_gaussian(images, kept, learned, settings.shrinkage)
-    scores = []
-    for rows, chunk in images.chunks(np.flatnonzero(kept)):
-        z, log_det = held_out(chunk, gaussian, torch.from_numpy(learned[rows]))
-        scores.append(image_score(bits_per_dimension(z, log_det), settings.tail))
-    return torch.cat(scores).numpy()
+    shared = gaussian, images.whitening, learned, settings.tail
+    return np.concatenate(images.store.map(_gaussian_scores, shared, kept, only=kept))
 
 
 def variant_pools(images: Images, settings: Settings, seed: int) -> list[Category]:
     """All images as episodes are drawn from them, variant by variant."""
-    everyone = np.ones(len(images.store), dtype=bool)
-    learned = np.ones((len(everyone), len(images.positions)), dtype=bool)
-    groups, pools = images.groups(everyone), []
+    groups, pools = images.groups(np.ones(len(images.store), dtype=bool)), []
     for group in range(groups.max() + 1):
-        gaussian = fit_gaussian(images, groups == group, learned, settings.shrinkage)
+        gaussian = fit_gaussian(images, groups == group, None, settings.shrinkage)
         rows = _pool_rows(groups == group, torch.Generator().manual_seed(seed_for(seed, "pool")))
         pools.append(Category(_pool(images, rows, [gaussian], np.zeros(len(rows))), images.positions))
     return pools
@@ -232,3 +235,43 @@ def _pool(
         for part, chunk in images.chunks(rows[groups == number]):
             pool[np.searchsorted(rows, part)] = gaussian.leave_one_out(gaussian(chunk))[0]  # rows ascend
     return pool
+
+
+def _mask(shard: Shard, name: str | None, rows: np.ndarray, patches: int) -> np.ndarray:
+    """``[n x P]`` mask of the patches to learn from."""
+    return shard.read(name, rows) if name else np.ones((len(rows), patches), dtype=bool)
+
+
+@torch.no_grad()
+def _place_sums(shard: Shard, shared: tuple[Whitening, str | None], kept: np.ndarray) -> PlaceSums:
+    whitening, learned = shared
+    rows = np.flatnonzero(kept)
+    mask = torch.from_numpy(shard.read(learned, rows)) if learned else None
+    return PlaceSums.of((chunk for _, chunk in whitened(shard, whitening, rows)), mask)
+
+
+@torch.no_grad()
+def _likelihoods(
+    shard: Shard, shared: tuple[PatchDensity, torch.Tensor, str | None, str], number: np.ndarray
+) -> np.ndarray:
+    """Scores ``[n]``; ``number`` is of the Gaussian that each image was fitted on, -1 for none."""
+    density, positions, learned, keep = shared
+    maps = torch.empty(len(number), len(positions))
+    for rows, chunk in whitened(shard, density.whitening):
+        fitted = np.where(_mask(shard, learned, rows, len(positions)), number[rows, None], -1)
+        maps[rows] = density.score(chunk, positions, torch.from_numpy(fitted))
+    if keep:
+        shard.write(**{keep: maps.numpy()})
+    return image_scores(maps, density.tail)
+
+
+@torch.no_grad()
+def _gaussian_scores(
+    shard: Shard, shared: tuple[PositionalGaussian, Whitening, str | None, float], kept: np.ndarray
+) -> np.ndarray:
+    gaussian, whitening, learned, tail = shared
+    scores = []
+    for rows, chunk in whitened(shard, whitening, np.flatnonzero(kept)):
+        z, log_det = held_out(chunk, gaussian, torch.from_numpy(_mask(shard, learned, rows, chunk.shape[1])))
+        scores.append(image_score(bits_per_dimension(z, log_det), tail))
+    return torch.cat(scores).numpy()

@@ -13,6 +13,8 @@ References:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from scipy import ndimage
 from scipy.stats import spearmanr
@@ -22,34 +24,88 @@ _LEAST_SPREAD = 0.05  # of log distances: places that look the same in all image
 # Below, what is left of a place is too little to learn it from: ELPV mono loses 9 points with 32 images, 1 with 64.
 _FEWEST_FOR_REGIONS = 80
 _LEAST_CORRELATION = 0.9
+_SCALED = 8192  # images
 LEAST_REGION = 3  # patches, before it is widened
 LEAST_REPAIRED = 5  # stricter: to learn a place from fewer images costs less than to learn it from altered ones
 _NEIGHBOURS = np.array([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))], dtype=bool)  # diagonal ones too
 
 
-def usual_patches(distances: np.ndarray, fence: float) -> np.ndarray:
-    """Patches that are about as far from their like as other patches of the same place.
+class Places(NamedTuple):
+    """The places of patches: a grid, and which of it images have."""
 
-    Half of the patches of a place always pass, see `place_scale`.
+    grid: tuple[int, int]  # rows and columns
+    looked: np.ndarray | None  # [rows * columns] mask of the places that are not ignored; None means all
+
+    def on_grid(self, values: np.ndarray, ignored: float | bool) -> np.ndarray:
+        """Values of patches ``[n x P]`` as maps ``[n x rows x columns]``, with a value for places that are ignored."""
+        if self.looked is None:
+            return values.reshape(-1, *self.grid)
+        maps = np.full((len(values), len(self.looked)), ignored, dtype=values.dtype)
+        maps[:, self.looked] = values
+        return maps.reshape(-1, *self.grid)
+
+    def outside_regions(self, usual: np.ndarray, least: int, narrow: np.ndarray | None = None) -> np.ndarray:
+        """Patches outside of the connected regions of unusual ones, each region one patch wider than it is.
+
+        What is ignored is no part of a region.
+
+        Args:
+            usual (np.ndarray): ``[N x P]`` mask, from `is_usual`.
+            least (int): Patches of a region, before it is widened; what is smaller is none.
+            narrow (np.ndarray | None): ``[rows x columns]`` mask of the places where regions are not widened, see
+                `crowded`; ``None`` takes those of these images.
+
+        Returns:
+            np.ndarray: ``[N x P]`` mask.
+
+        Example:
+            >>> usual = np.ones((3, 4, 6), dtype=bool)
+            >>> usual[0, 0, :5] = usual[0, 3, 0] = False
+            >>> outside = Places((4, 6), None).outside_regions(usual.reshape(3, 24), least=5)
+            >>> outside[0].reshape(4, 6).astype(int)
+            array([[0, 0, 0, 0, 0, 0],
+                   [0, 0, 0, 0, 0, 0],
+                   [1, 1, 1, 1, 1, 1],
+                   [1, 1, 1, 1, 1, 1]])
+        """
+        found, wide = regions(self.on_grid(usual, True), least)
+        narrow = crowded(wide.sum(0), len(wide)) if narrow is None else narrow
+        wide[:, narrow] = found[:, narrow]
+        outside = ~wide.reshape(len(usual), -1)
+        return outside if self.looked is None else outside[:, self.looked]
+
+
+def usual_limit(distances: np.ndarray, fence: float) -> np.ndarray:
+    """Logarithm of the distance past which a patch is further from its like than other patches of the same place.
+
+    Half of the patches of a place always lie below, see `place_scale`.
 
     Args:
         distances (np.ndarray): ``[N x P]`` distance of each patch to the nearest like it, from 0 up.
         fence (float): Spreads above the median from which on a patch is unusual.
 
     Returns:
-        np.ndarray: ``[N x P]`` mask; all true where there are fewer than 80 images.
+        np.ndarray: ``[P]``; infinite where there are fewer than 80 images.
 
     Example:
         >>> distances = np.linspace(1.0, 1.5, 81)[:, None].repeat(2, axis=1)
         >>> distances[0, 1] = 9.0
-        >>> (~usual_patches(distances, fence=2.5)).nonzero()
+        >>> (~is_usual(distances, usual_limit(distances, fence=2.5))).nonzero()
         (array([0]), array([1]))
     """
     if len(distances) < _FEWEST_FOR_REGIONS:
-        return np.ones(distances.shape, dtype=bool)
-    logs = np.log(np.maximum(distances, np.finfo(np.float32).tiny))
-    median, spread = place_scale(logs)
-    return logs <= median + fence * spread
+        return np.full(distances.shape[1], np.inf)
+    median, spread = place_scale(_logs(distances))
+    return median + fence * spread
+
+
+def is_usual(distances: np.ndarray, limit: np.ndarray) -> np.ndarray:
+    """Mask ``[N x P]`` of the patches up to a limit, see `usual_limit`."""
+    return _logs(distances) <= limit
+
+
+def _logs(distances: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(distances, np.finfo(np.float32).tiny))
 
 
 def place_scale(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -61,36 +117,33 @@ def place_scale(logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return median, np.maximum(median - low, _LEAST_SPREAD)
 
 
-def outside_regions(usual: np.ndarray, grid: tuple[int, int], least: int) -> np.ndarray:
-    """Patches outside of the connected regions of unusual ones, each region one patch wider than it is.
+def scale_rows(rows: np.ndarray) -> np.ndarray:
+    """Of many images, those that `place_scale` is read off: 8,192 say it to a hundredth of a spread."""
+    if len(rows) <= _SCALED:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, _SCALED).round().astype(int)]
 
-    At a place where less than half of the images would be left, regions are not widened.
+
+def regions(usual: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Connected regions of unusual patches of at least a size, and the same one patch wider.
 
     Args:
-        usual (np.ndarray): ``[N x P]`` mask, from `usual_patches`.
-        grid (tuple[int, int]): Rows and columns of patches.
-        least (int): Patches of a region, before it is widened; what is smaller is none.
+        usual (np.ndarray): ``[N x rows x columns]`` mask.
+        least (int): Patches of a region; what is smaller is none.
 
     Returns:
-        np.ndarray: ``[N x P]`` mask.
-
-    Example:
-        >>> usual = np.ones((3, 4, 6), dtype=bool)
-        >>> usual[0, 0, :5] = usual[0, 3, 0] = False
-        >>> outside_regions(usual.reshape(3, 24), (4, 6), least=5)[0].reshape(4, 6).astype(int)
-        array([[0, 0, 0, 0, 0, 0],
-               [0, 0, 0, 0, 0, 0],
-               [1, 1, 1, 1, 1, 1],
-               [1, 1, 1, 1, 1, 1]])
+        tuple[np.ndarray, np.ndarray]: Masks of the same shape.
     """
-    labels, _ = ndimage.label(~usual.reshape(-1, *grid), _NEIGHBOURS)
-    sizes = np.bincount(labels.ravel())
+    labels, _ = ndimage.label(~usual, _NEIGHBOURS)
+    sizes = np.bincount(labels.ravel(), minlength=1)
     sizes[0] = 0
-    regions = (sizes >= least)[labels]
-    wide = ndimage.binary_dilation(regions, _NEIGHBOURS)
-    crowded = wide.mean(0) > 0.5
-    wide[:, crowded] = regions[:, crowded]
-    return ~wide.reshape(usual.shape)
+    found = (sizes >= least)[labels]
+    return found, ndimage.binary_dilation(found, _NEIGHBOURS)
+
+
+def crowded(wide: np.ndarray, images: int) -> np.ndarray:
+    """Mask of the places where less than half of the images would be left, from how many lose them."""
+    return wide > images / 2
 
 
 def keeps_order(before: np.ndarray, after: np.ndarray) -> bool:

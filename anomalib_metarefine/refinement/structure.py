@@ -33,14 +33,13 @@ from scipy.stats import spearmanr
 
 from anomalib_metarefine.images.sources import listing
 from anomalib_metarefine.refinement.fitting import FEWEST_LEARNED
-from anomalib_metarefine.refinement.patches import place_scale
+from anomalib_metarefine.refinement.patches import place_scale, scale_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
-
     from anomalib_metarefine.features.neighbours import NearestImages
+    from anomalib_metarefine.features.shards import Shard
 
 Kind = Literal["aligned", "anywhere", "unlike"]
 
@@ -55,6 +54,7 @@ _STRANGER = 0.3  # an image with fewer of its patches than that among the others
 _BELONGS = 0.5  # and one with more is, however usual it is
 _FEWEST = 5  # images of a variant
 _LEAST_SHARE = 0.02  # of the images
+_LEAST = np.float32(1e-6)  # distance whose logarithm is taken
 _FEWEST_IMAGES = 20  # fewer say nothing of a folder
 
 
@@ -205,10 +205,10 @@ def find_structure(
     Raises:
         ValueError: If there is no such kind.
     """
+    count = len(neighbours.store)
     if kind not in ("auto", *get_args(Kind)):
         msg = f"structure must be auto or one of {', '.join(get_args(Kind))}, found {kind!r}."
         raise ValueError(msg)
-    count = len(neighbours.distances)
     variants, names = given or GivenVariants(np.zeros(count, dtype=int), ())
     counts, layouts = np.bincount(variants), neighbours.layouts
     layout = float(np.average(np.nan_to_num(layouts), weights=counts * np.isfinite(layouts)))
@@ -228,8 +228,7 @@ def find_structure(
         whole = "aligned" if "aligned" in kinds else max(kinds, key=kinds.count)
         kinds = kinds if len(set(kinds)) > 1 else ()
     if whole == "aligned" and given is None and look_for_variants:
-        everyone = np.ones(count, dtype=bool)
-        variants = _variants(neighbours.episodic(everyone)[0], neighbours.images[:, :, 0])
+        variants = _variants(neighbours, tail)
     return Structure(whole, layout, reliability, variants, names, kinds)
 
 
@@ -243,12 +242,13 @@ def _split_half(
     neighbours: NearestImages, variants: np.ndarray, tail: float, generator: np.random.Generator
 ) -> np.ndarray:
     """Of each variant by itself: between them, scores differ whatever half they come from. NaN for small ones."""
-    count, counts = len(neighbours.distances), np.bincount(variants)
+    count, counts = len(variants), np.bincount(variants)
     found = np.full((_SPLITS, len(counts)), np.nan)
-    for split in range(_SPLITS):
-        half = np.zeros(count, dtype=bool)
+    halves = np.zeros((_SPLITS, count), dtype=bool)
+    for half in halves:
         half[generator.permutation(count)[: count // 2]] = True
-        one, other = (neighbours.image_distances(part, tail) for part in (half, ~half))
+    distances = neighbours.image_distances([*halves, *~halves], tail)
+    for split, (one, other) in enumerate(zip(distances[:_SPLITS], distances[_SPLITS:], strict=True)):
         for variant in np.flatnonzero(counts >= _FEWEST_IMAGES):
             own = variants == variant
             alike = min(np.ptp(one[own]), np.ptp(other[own])) == 0
@@ -256,14 +256,22 @@ def _split_half(
     return found.mean(0)
 
 
-def _variants(distances: torch.Tensor, nearest: np.ndarray) -> np.ndarray:
-    """Number of each image's variant ``[N]``, from patch distances ``[N x P]`` and the nearest image of every patch."""
-    logs = distances.clamp_min(1e-6).log().numpy()
-    median, spread = place_scale(logs)
-    elsewhere = np.median((logs - median) / spread, axis=1)
+def _variants(neighbours: NearestImages, tail: float) -> np.ndarray:
+    """Number of each image's variant ``[N]``, from patch distances and the nearest image of every patch."""
+    store = neighbours.store
+    neighbours.keep_distances(np.ones(len(store), dtype=bool), tail)
+    scale = place_scale(np.log(np.maximum(store.read("distances", scale_rows(np.arange(len(store)))), _LEAST)))
+    elsewhere = store.per_image(_elsewhere, scale)
     group = elsewhere > _EVERYWHERE
-    group &= group[nearest].mean(1) > _STRANGER
+    group &= neighbours.share_nearest(group) > _STRANGER
+    among = neighbours.share_nearest(group)
     fewest = max(_FEWEST, _LEAST_SHARE * len(group))
-    if group.sum() < fewest or group[nearest].mean(1)[group].mean() < _AMONG_EACH_OTHER:
+    if group.sum() < fewest or among[group].mean() < _AMONG_EACH_OTHER:
         return np.zeros(len(group), dtype=int)
-    return (group | (group[nearest].mean(1) > _BELONGS)).astype(int)
+    return (group | (among > _BELONGS)).astype(int)
+
+
+def _elsewhere(shard: Shard, scale: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """How far the median patch of each image lies from what is usual for its place, in spreads, ``[n]``."""
+    median, spread = scale
+    return np.median((np.log(np.maximum(shard.read("distances"), _LEAST)) - median) / spread, axis=1)

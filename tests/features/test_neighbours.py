@@ -124,8 +124,8 @@ def test_the_same_references_for_the_same_seed():
 def test_distance_of_an_image_is_that_of_its_most_distant_patches():
     found, kept = compare(store(6)), np.ones(6, dtype=bool)
     mean = found.episodic(kept)[0]
-    np.testing.assert_allclose(found.image_distances(kept, 1.0), mean.mean(1), rtol=1e-5)
-    np.testing.assert_allclose(found.image_distances(kept, 1e-6), mean.max(1).values, rtol=1e-5)
+    np.testing.assert_allclose(found.image_distances([kept], 1.0)[0], mean.mean(1), rtol=1e-5)
+    np.testing.assert_allclose(found.keep_distances(kept, 1e-6), mean.max(1).values, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 1, 5])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from anomalib_metarefine.features import store as stores
 from anomalib_metarefine.features.store import FeatureStore
 
 
@@ -35,6 +36,7 @@ def test_samples_patches_of_all_images_once(limit_mb):
 
 def test_the_file_goes_with_the_store():
     store = filled(0)
+    assert store.on_disk
     folder = store._folder.name
     assert Path(folder).exists()
     del store
@@ -101,3 +103,36 @@ def test_sorting_again_changes_nothing():
     store.sort()
     assert store.paths == paths
     torch.testing.assert_close(store.images(), embeddings)
+
+
+@pytest.mark.parametrize("limit_mb", [100, 0])
+def test_what_one_run_finds_is_not_in_the_way_of_another(limit_mb):
+    store = filled(limit_mb)
+    one, other = store.fresh, store.fresh
+    one.keep(found=np.zeros((60, 16)))
+    other.keep(found=np.ones((60, 16)))
+    assert not one.read("found").any()
+    assert other.read("found", np.array([59, 3])).all()
+    assert "found" not in store.shards[0]
+    torch.testing.assert_close(one.images(), store.images())
+    folder = store._folder
+    del one, other, store
+    if folder is not None:
+        assert not list(Path(folder.name).glob("*/run-*"))
+
+
+@pytest.mark.parametrize("limit_mb", [100, 0])
+def test_however_images_are_cut_into_shards(limit_mb, monkeypatch):
+    expected = filled(100)
+    monkeypatch.setattr(stores, "SHARD", 16)
+    found = filled(limit_mb)
+    assert len(found.shards) == 4
+    rows = np.array([59, 0, 16, 15, 40])
+    torch.testing.assert_close(found.images(rows), expected.images(rows))
+    assert found.paths == expected.paths
+    samples = [store.sample_patches(50, torch.Generator().manual_seed(0)) for store in (found, expected)]
+    torch.testing.assert_close(*samples)
+    found.sort()
+    expected.sort()
+    assert [shard.read("embeddings").shape[0] for shard in found.shards] == [16, 16, 16, 12]
+    torch.testing.assert_close(found.images(), expected.images())

@@ -5,7 +5,7 @@ from rich.progress import Progress
 
 from anomalib_metarefine.density.patch_density import new_flow, trainable
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.refinement.engine import refine_images
+from anomalib_metarefine.refinement.engine import Result, refine_images
 from anomalib_metarefine.refinement.fitting import Images, fit_density, fit_gaussian, fit_whitening
 from anomalib_metarefine.settings import Settings
 
@@ -44,6 +44,14 @@ def refined(images: torch.Tensor | FeatureStore, seed: int = 0, answers=None, st
     )
 
 
+def maps(found: Result) -> torch.Tensor:
+    return torch.from_numpy(found.images.store.read("maps"))
+
+
+def usual(found: Result) -> np.ndarray:
+    return found.images.store.read("usual")
+
+
 def test_the_default_rule_finds_a_defect_that_recurs_and_rejects_nothing_of_a_clean_set():
     found = refined(embeddings(100, dirty=12))
     assert np.flatnonzero(~found.kept).tolist() == list(range(12))
@@ -60,8 +68,8 @@ def test_neither_the_order_of_the_images_nor_what_ran_before_matters():
     assert torch.rand(1) == expected  # the caller's random numbers are left alone
     again = refined(store_of(images, np.random.default_rng(0).permutation(40).tolist()), rule="count:4")
     assert first.refinement == again.refinement
-    torch.testing.assert_close(first.maps, again.maps)
-    assert not torch.equal(first.maps, refined(images, seed=1, rule="count:4").maps)
+    torch.testing.assert_close(maps(first), maps(again))
+    assert not torch.equal(maps(first), maps(refined(images, seed=1, rule="count:4")))
 
 
 def test_what_is_rejected_leaves_no_trace():
@@ -71,10 +79,9 @@ def test_what_is_rejected_leaves_no_trace():
     other = images.clone()
     other[:4] = 99.0
     flow, settings = found.density.flow, Settings(**SMALL)
-    everything = np.ones((40, PLACES), dtype=bool)
     first, second = (
         fit_density(
-            Images(store_of(some), found.images.whitening, GRID), found.kept, everything, flow, trainable(flow),
+            Images(store_of(some), found.images.whitening, GRID), found.kept, None, flow, trainable(flow),
             settings, 0,
         )
         for some in (images, other)
@@ -97,7 +104,7 @@ def test_regions_are_left_out_of_what_is_kept():
     found = refined(images, rule="share:0")
     assert found.kept.all()
     assert 4 * 4 / (90 * PLACES) <= found.refinement.unusual_patches < 0.1
-    assert not found.usual[0, [0, 1, GRID[1], GRID[1] + 1]].any()
+    assert not usual(found)[0, [0, 1, GRID[1], GRID[1] + 1]].any()
     fewer = refined(images, rule="count:2").refinement  # of the two others
     assert 0 < fewer.unusual_patches < found.refinement.unusual_patches
     for changes in ({"rule": "share:0", "patch_fence": 0.0}, {"rounds": 0}, {"structure": "anywhere"}):
@@ -117,14 +124,14 @@ def test_without_rounds_images_are_not_compared():
 def test_a_handful_of_images_is_enough(count):
     found = refined(embeddings(count))
     assert found.kept.all()
-    assert found.maps.isfinite().all()
+    assert maps(found).isfinite().all()
     assert np.isfinite(found.scales.scores).all()
 
 
 def test_flat_images_are_no_error():
     found = refined(torch.zeros(5, PLACES, CHANNELS))
     assert found.kept.all()
-    assert found.maps.isfinite().all()
+    assert maps(found).isfinite().all()
 
 
 def test_a_meta_learned_start_is_taken():
@@ -144,8 +151,8 @@ def test_fitted_patches_are_scored_as_if_left_out():
     fitted = torch.from_numpy(found.kept)
     whitened = found.images.whitening(found.images.store.images())
     as_they_are = found.density.score(whitened, found.images.positions)
-    torch.testing.assert_close(found.maps[~fitted], as_they_are[~fitted])
-    assert (found.maps[fitted] != as_they_are[fitted]).all()
+    torch.testing.assert_close(maps(found)[~fitted], as_they_are[~fitted])
+    assert (maps(found)[fitted] != as_they_are[fitted]).all()
 
 
 def in_folders(*parts: tuple[str, torch.Tensor]) -> FeatureStore:
@@ -161,14 +168,14 @@ def test_each_folder_has_statistics_of_its_own_and_images_go_to_those_they_fit()
     found = refined(in_folders(("a", parts[0]), ("b", parts[1])), variants="folders", rule="share:0")
     assert found.structure.names == ("a", "b")
     assert "2 variants, as given: a (30 images), b (12 images)" in found.refinement.structure
-    everyone = np.ones((12, PLACES), dtype=bool)
-    alone = fit_gaussian(Images(store_of(parts[1]), found.images.whitening, GRID), everyone[:, 0], everyone, 0.2)
+    everyone = np.ones(12, dtype=bool)
+    alone = fit_gaussian(Images(store_of(parts[1]), found.images.whitening, GRID), everyone, None, 0.2)
     torch.testing.assert_close(found.density.gaussians[1].mean, alone.mean)
     torch.testing.assert_close(found.density.gaussians[1].precision_root, alone.precision_root)
     whitened = found.images.whitening(found.images.store.images())
     assert found.density.variants_of(whitened, torch.full((42, PLACES), -1)).tolist() == [0] * 30 + [1] * 12
     as_they_are = found.density.score(whitened, found.images.positions)
-    assert (found.maps > as_they_are).float().mean() > 0.9  # as if left out
+    assert (maps(found) > as_they_are).float().mean() > 0.9  # as if left out
 
 
 def test_a_variant_of_less_than_five_images_is_not_learned():
@@ -195,7 +202,7 @@ def test_a_column_may_say_what_belongs_together():
 def test_one_folder_is_one_product():
     images = embeddings(30, dirty=4)
     one, off = (refined(in_folders(("a", images)), variants=setting) for setting in ("folders", "off"))
-    torch.testing.assert_close(one.maps, off.maps)
+    torch.testing.assert_close(maps(one), maps(off))
     assert one.refinement.kept == off.refinement.kept
 
 
@@ -204,8 +211,8 @@ def test_regions_are_left_out_variant_by_variant():
     alone = refined(images, variants="off", rule="share:0")
     few = embeddings(30).flip(1) + 4
     both = refined(in_folders(("a", images), ("b", few)), variants="folders", rule="share:0")
-    assert 0 < (~both.usual[:90]).sum() < 2 * (~alone.usual).sum()
-    assert both.usual[90:].all()
+    assert 0 < (~usual(both)[:90]).sum() < 2 * (~usual(alone)).sum()
+    assert usual(both)[90:].all()
 
 
 def test_images_of_a_variant_that_cannot_be_compared_are_not_judged():
@@ -216,7 +223,7 @@ def test_images_of_a_variant_that_cannot_be_compared_are_not_judged():
     assert found.structure.kinds == ("aligned", "unlike")
     assert np.flatnonzero(~found.kept).tolist() == list(range(12))
     assert np.isnan(found.scales.likeness[100:]).all()
-    assert found.usual[100:].all()
+    assert usual(found)[100:].all()
 
 
 def test_what_lies_in_ignored_places_changes_nothing():
@@ -224,13 +231,13 @@ def test_what_lies_in_ignored_places_changes_nothing():
     looked[:6] = looked[11] = False
     images = embeddings(100, dirty=12)
     found = refined(images[:, looked], looked=looked, patch_fence=1.0)
-    assert found.maps.shape == found.usual.shape == (100, PLACES - 7)
+    assert maps(found).shape == usual(found).shape == (100, PLACES - 7)
     assert np.flatnonzero(~found.kept).tolist() == list(range(12))
-    maps = found.images.on_grid(found.maps.numpy(), -1.0)
-    assert maps.shape == (100, *GRID)
-    assert (maps[:, 0] == -1).all()
-    assert (maps[:, 1, 5] == -1).all()
-    np.testing.assert_array_equal(maps.reshape(100, -1)[:, looked], found.maps.numpy())
+    pictures = found.images.places.on_grid(maps(found).numpy(), -1.0)
+    assert pictures.shape == (100, *GRID)
+    assert (pictures[:, 0] == -1).all()
+    assert (pictures[:, 1, 5] == -1).all()
+    np.testing.assert_array_equal(pictures.reshape(100, -1)[:, looked], maps(found).numpy())
 
 
 def test_to_ignore_no_place_is_to_look_at_all():

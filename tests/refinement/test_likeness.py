@@ -5,9 +5,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from anomalib_metarefine.refinement.likeness import deviations, likeness
+from anomalib_metarefine.features.embedding import Whitening
+from anomalib_metarefine.features.store import FeatureStore
+from anomalib_metarefine.refinement.fitting import Images
+from anomalib_metarefine.refinement.likeness import keep_deviations
+from anomalib_metarefine.refinement.likeness import likeness as likenesses
 
 COUNT = 60
+
+
+def likeness(features, scores, answers=None):
+    """By one score, of features that shards have."""
+    store = FeatureStore()
+    store.add([str(i) for i in range(len(scores))], torch.zeros(len(scores), 1, 1))
+    store.keep(deviations=features)
+    ((verdict, trust),) = likenesses(store, [scores], answers)
+    return verdict, trust
+
+
+def deviations(patches, distances, kept, variants=None):
+    store, channels = FeatureStore(), patches.shape[2]
+    store.add([str(i) for i in range(len(patches))], patches)
+    store.keep(distances=distances.numpy(), whitened=patches.numpy())
+    images = Images(store, Whitening(torch.zeros(channels), torch.eye(channels)), (1, patches.shape[1]))
+    keep_deviations(images, kept, np.zeros(len(kept), dtype=int) if variants is None else variants)
+    return store.read("deviations")
 
 
 @pytest.fixture
@@ -80,8 +102,7 @@ def test_deviations_are_weighted_means_of_what_differs_from_the_usual_patch():
     distances = torch.rand(7, 9, generator=generator)
     distances[6] = 1  # nothing stands out
     kept = np.arange(7) != 2
-    chunks = [(np.arange(4), patches[:4]), (np.arange(4, 7), patches[4:])]
-    result = deviations(chunks, distances, kept)
+    result = deviations(patches, distances, kept)
     usual = patches[torch.from_numpy(kept)].mean(0)
     for image in range(6):
         excess = (distances[image] - distances[image].median()).clamp_min(0) ** 2
@@ -94,11 +115,10 @@ def test_deviations_are_from_the_mean_of_the_own_variant():
     generator = torch.Generator().manual_seed(0)
     patches, distances = torch.randn(9, 5, 3, generator=generator), torch.rand(9, 5, generator=generator)
     variants, kept = np.array([0, 0, 1, 1, 0, 1, 0, 0, 2]), np.array([True] * 7 + [False] * 2)
-    chunks = [(np.arange(4), patches[:4]), (np.arange(4, 9), patches[4:])]
-    found = deviations(chunks, distances, kept, variants)
+    found = deviations(patches, distances, kept, variants)
     for variant in (0, 1):
         own = variants == variant
-        part = deviations([(np.arange(own.sum()), patches[own])], distances[own], kept[own])
+        part = deviations(patches[own], distances[own], kept[own])
         np.testing.assert_allclose(found[own], part, atol=1e-6)
-    everyone = deviations(chunks, distances, kept)
+    everyone = deviations(patches, distances, kept)
     np.testing.assert_allclose(found[8], everyone[8], atol=1e-6)  # nothing of its own variant is kept

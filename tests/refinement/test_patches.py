@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from anomalib_metarefine.refinement.patches import keeps_order, outside_regions, usual_patches
+from anomalib_metarefine.refinement.patches import Places, is_usual, keeps_order, usual_limit
 
 SEEDS = st.integers(0, 2**32 - 1)
 IMAGES = st.integers(80, 120)  # from 80 on, patches are looked at
@@ -17,6 +17,14 @@ distances_of = st.builds(
     st.integers(1, 6),
     st.sampled_from([0.01, 0.3, 1.5]),
 )
+
+
+def usual_patches(distances, fence):
+    return is_usual(distances, usual_limit(distances, fence))
+
+
+def outside_regions(usual, grid, least):
+    return Places(grid, None).outside_regions(usual, least)
 
 
 @given(distances_of, FENCES, st.data())
