@@ -113,10 +113,10 @@ def trained(tmp_path_factory) -> Trained:
 def patches_of_few_images():
     """Regions are left out from one patch and from 8 images on, so that toys can be small."""
     from anomalib_metarefine.curation import evidence
-    from anomalib_metarefine.refinement import engine, patches
+    from anomalib_metarefine.refinement import learned, patches
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patches, "_FEWEST_FOR_REGIONS", 8)
-        patch.setattr(engine, "LEAST_REGION", 1)
+        patch.setattr(learned, "LEAST_REGION", 1)
         patch.setattr(evidence, "LEAST_REPAIRED", 1)
         yield
