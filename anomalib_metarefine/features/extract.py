@@ -207,7 +207,7 @@ def _stamp(path: Path) -> str:
         found = path.stat()
     except OSError:  # it is found to be unreadable later
         return str(path)
-    return f"{path} {found.st_size} {getattr(found, 'st_mtime_ns', 0)}"
+    return f"{path} {found.st_size} {found.st_mtime}"
 
 
 def _batches(
