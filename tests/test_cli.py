@@ -67,7 +67,8 @@ class TestCurate:
         assert main(arguments) == 0
         defaults = {"root": None, "backbone": "tf_efficientnet_lite0", "image_size": None}
         defaults |= {"seed": 0, "batch_size": 32, "decisions": [tmp_path / "out"], "quality": True}
-        defaults |= {"bit_depth": None, "ignore": None}
+        defaults |= {"bit_depth": None, "ignore": None, "engine": "local", "workers": None, "address": None}
+        defaults |= {"gpus_per_worker": 0, "work": None}
         assert asked == [(str(root), defaults)]
         told = capsys.readouterr().out
         assert "2 of 6 images (33.3 %) were rejected, 2 need your eyes." in told
