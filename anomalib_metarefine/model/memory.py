@@ -75,6 +75,7 @@ class Memory:
         moments (tuple[torch.Tensor, torch.Tensor]): Mean ``[D]`` and covariance ``[D x D]`` of the whitened patches of
             the kept images when all was learned.
         trained (int): Images then.
+        looked (torch.Tensor | None): See `Images`.
     """
 
     embeddings: torch.Tensor
@@ -91,6 +92,7 @@ class Memory:
     variants: torch.Tensor
     moments: tuple[torch.Tensor, torch.Tensor]
     trained: int
+    looked: torch.Tensor | None = None
 
     @classmethod
     def of(cls, result: Result) -> Memory:
@@ -106,6 +108,7 @@ class Memory:
             not result.usual.all(), result.structure.kind, result.structure.kinds, result.structure.names,
             torch.from_numpy(result.structure.variants.copy()),
             _moments(whitening, embeddings[kept]), len(store),
+            None if result.images.looked is None else torch.from_numpy(result.images.looked),
         )  # fmt: skip
 
     @property
@@ -127,10 +130,12 @@ class Memory:
     def images(self, paths: Sequence[str]) -> Images:
         """The images as the engine sees them, by their paths."""
         store, variants = FeatureStore(), self.variants.numpy()
+        looked = None if self.looked is None else self.looked.numpy()
         store.add(paths, self.embeddings)
         if self.embeddings.nbytes > _WHITENED_MB * 2**20:
-            return Images(store, self.whitening, self.grid, variants)
-        return _WhitenedImages(store, self.whitening, self.grid, variants, whitened=self.whitening(store.images()))
+            return Images(store, self.whitening, self.grid, variants, looked)
+        whitened = self.whitening(store.images())
+        return _WhitenedImages(store, self.whitening, self.grid, variants, looked, whitened)
 
     def take(self, rows: np.ndarray) -> Memory:
         """Of some of the images only, in this order."""
@@ -150,6 +155,15 @@ class Memory:
             variants=torch.cat([self.variants, self.variants.new_zeros(count)]),
             distances=distances,
         )
+
+    def with_names(self, named: Mapping[int, str]) -> Memory:
+        """With images of some rows in the variants that the user names; a new name is a new variant."""
+        names = (*self.names, *dict.fromkeys(name for name in named.values() if name not in self.names))
+        kinds = self.kinds + ("aligned",) * (len(names) - len(self.names)) if self.kinds else ()
+        variants = self.variants.clone()
+        for row, name in named.items():
+            variants[row] = names.index(name)
+        return replace(self, variants=variants, names=names, kinds=kinds)
 
     def drift(self, kept: np.ndarray) -> float:
         """What whitening by old statistics costs: divergence of the kept images' patches from those of the training.
