@@ -47,10 +47,13 @@ class NearestImages:
         variants (np.ndarray | None): ``[N]`` number of each image's variant, for their layouts; ``None`` if one.
         looked (np.ndarray | None): ``[rows * columns]`` mask of the places that the store has; ``None`` means all.
         rows (np.ndarray | None): ``[N]`` rows of the store of the images to compare; ``None`` compares all.
+        axes (tuple[torch.Tensor, torch.Tensor] | None): Mean ``[C]`` of the patches and their principal axes
+            ``[C x D]``, the first ones first; ``None`` finds them.
 
     Attributes:
         distances (np.ndarray): ``[N x P x K]`` half precision, ascending; infinite where there is no other image.
         images (np.ndarray): ``[N x P x K]``, rows of the store.
+        axes (tuple[torch.Tensor, torch.Tensor]): As above, those that were compared along.
         layouts (np.ndarray): ``[V]`` share of the variance of the patches of each variant that their place explains,
             in [0, 1], from its references; NaN where it has none.
     """
@@ -67,16 +70,17 @@ class NearestImages:
         variants: np.ndarray | None = None,
         looked: np.ndarray | None = None,
         rows: np.ndarray | None = None,
+        axes: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self._grid, self._window, self._looked = grid, window, looked
         self._latest: tuple[bytes, tuple[torch.Tensor, torch.Tensor]] | None = None
         generator = torch.Generator().manual_seed(seed)
         count = len(store)
         chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
-        sample = store.sample_patches(_SAMPLE, generator)
-        self._centre = sample.mean(0)
-        axes = torch.linalg.eigh(torch.cov((sample - self._centre).T)).eigenvectors
-        self._axes = axes.flip(1)[:, :_DIMENSIONS]
+        if axes is None:
+            sample = store.sample_patches(_SAMPLE, generator)
+            axes = sample.mean(0), torch.linalg.eigh(torch.cov((sample - sample.mean(0)).T)).eigenvectors.flip(1)
+        self.axes = axes[0], axes[1][:, :_DIMENSIONS].clone()
         memory = self._project(store.images(chosen))  # [P x M x D]
         variants = np.zeros(count, dtype=int) if variants is None else variants
         self.layouts = np.array([_layout(memory[:, variants[chosen] == v]) for v in range(variants.max() + 1)])
@@ -148,7 +152,8 @@ class NearestImages:
 
     def _project(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Principal components, position first: ``[N x P x C]`` to ``[P x N x D]``."""
-        return ((embeddings - self._centre) @ self._axes).transpose(0, 1).contiguous()
+        centre, axes = self.axes
+        return ((embeddings - centre) @ axes).transpose(0, 1).contiguous()
 
     def _compare(self, patches: torch.Tensor, memory: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
         """Squared distance to the nearest patch of each reference within the window, ``[P x n x M]``."""

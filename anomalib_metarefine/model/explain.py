@@ -163,7 +163,7 @@ def explain(model: AnomalibModule, path: str | Path) -> Explanation:
     images = memory.take(others).with_images(store.images()).images([*(refinement.paths[i] for i in others), path])
     neighbours = NearestImages(
         images.store, memory.grid, seed_for(model.provenance["seed"], "references"), model.settings.neighbour_window,
-        model.settings.references, looked=images.looked, rows=np.array([len(others)]),
+        model.settings.references, looked=images.looked, rows=np.array([len(others)]), axes=memory.axes,
     )  # fmt: skip
     counted = np.zeros(bits.shape[1], dtype=bool)
     counted[bits[0].topk(tail).indices.numpy()] = True

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.refinement.engine import Result
     from anomalib_metarefine.refinement.structure import Kind
 
-_MOMENTS = 65_536  # patches that mean and covariance are computed from
+_MOMENTS = 131_072  # patches that mean and covariance are computed from
 _WHITENED_MB = 256  # of embeddings; of more, the whitened ones would take too much memory
 _CHUNK = 64  # images, as stores have them
 
@@ -51,7 +51,8 @@ class _WhitenedImages(Images):
         rows = np.arange(len(self.store)) if rows is None else rows
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
-            yield part, self.whitened[part]
+            in_a_row = part[-1] - part[0] == len(part) - 1  # then without a copy
+            yield part, self.whitened[part[0] : part[-1] + 1] if in_a_row else self.whitened[part]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Memory:
             the kept images when all was learned.
         trained (int): Images then.
         looked (torch.Tensor | None): See `Images`.
+        axes (tuple[torch.Tensor, torch.Tensor] | None): That images were compared along, see `NearestImages`.
     """
 
     embeddings: torch.Tensor
@@ -93,6 +95,7 @@ class Memory:
     moments: tuple[torch.Tensor, torch.Tensor]
     trained: int
     looked: torch.Tensor | None = None
+    axes: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, result: Result) -> Memory:
@@ -108,7 +111,7 @@ class Memory:
             not result.usual.all(), result.structure.kind, result.structure.kinds, result.structure.names,
             torch.from_numpy(result.structure.variants.copy()),
             _moments(whitening, embeddings[kept]), len(store),
-            None if result.images.looked is None else torch.from_numpy(result.images.looked),
+            None if result.images.looked is None else torch.from_numpy(result.images.looked), result.axes,
         )  # fmt: skip
 
     @property
@@ -195,7 +198,8 @@ class Memory:
 def _moments(whitening: Whitening, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance, in double precision, of the whitened patches of images ``[N x P x C]``."""
     patches = embeddings.flatten(0, 1)
-    drawn = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:_MOMENTS]
-    patches = whitening(patches[drawn].float()).double()
-    ridge = 1e-3 * torch.eye(patches.shape[1], dtype=patches.dtype)  # flat images have no covariance
-    return patches.mean(0), torch.cov(patches.T) + ridge
+    if len(patches) > _MOMENTS:
+        patches = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:_MOMENTS]]
+    patches = whitening(patches.float())
+    ridge = 1e-3 * torch.eye(patches.shape[1], dtype=torch.double)  # flat images have no covariance
+    return patches.mean(0).double(), torch.cov(patches.T).double() + ridge

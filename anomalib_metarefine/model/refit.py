@@ -104,13 +104,13 @@ def change(
     if not found:
         msg = f"All {len(paths)} images would be forgotten. Expected at least one to be left."
         raise ValueError(msg)
-    memory = memory.take(rows)
-    if len(new):
-        memory = memory.with_images(new.images())
     order = np.argsort(found, kind="stable")
+    if len(new):
+        rows, memory = np.append(rows, len(paths) + np.arange(len(new))), memory.with_images(new.images())
+    memory = memory.take(rows[order])
     found = [found[i] for i in order]
     decided, names = ({i: of[path] for i, path in enumerate(found) if path in of} for of in (answers, named))
-    return Changed(memory.take(order), found, mask[order], order >= len(rows), likelihood[order], decided, names)
+    return Changed(memory, found, mask[order], rows[order] >= len(paths), likelihood[order], decided, names)
 
 
 def fit_standing(changed: Changed, flow: PatchFlow, settings: Settings, seed: int, bars: Progress) -> Fit:
@@ -198,7 +198,7 @@ def _placed(
     if len(rows) and (compare or unnamed):
         neighbours = NearestImages(
             images.store, images.grid, seed_for(seed, "references"), settings.neighbour_window, settings.references,
-            looked=images.looked, rows=rows,
+            looked=images.looked, rows=rows, axes=memory.axes,
         )  # fmt: skip
     placed, last = ~changed.fresh, None
     while unnamed and not placed.all() and last != placed.sum():

@@ -78,6 +78,7 @@ class Result:
         distances (np.ndarray | None): ``[N x P]`` distance to the nearest other kept images; ``None`` if not compared.
         learned (np.ndarray): ``[N x P]`` mask of the patches that kept images were learned from.
         usual (np.ndarray): ``[N x P]`` mask of the patches that look usual for their place.
+        axes (tuple[torch.Tensor, torch.Tensor] | None): See `NearestImages`; ``None`` if images were not compared.
     """
 
     refinement: Refinement
@@ -90,6 +91,7 @@ class Result:
     distances: np.ndarray | None
     learned: np.ndarray
     usual: np.ndarray
+    axes: tuple[torch.Tensor, torch.Tensor] | None
 
     @property
     def kept(self) -> np.ndarray:
@@ -152,8 +154,9 @@ def refine_images(
     structure = replace(structure, unlearned=int((rounds.kept & (images.groups(rounds.kept) < 0)).sum()))
     refinement = record(rounds, store.paths, structure.describe(), store.left_out, left_out)
     distances = None if neighbours is None else neighbours.episodic(rounds.kept)[0].numpy()
+    axes = None if neighbours is None else neighbours.axes
     return Result(
-        refinement, rounds.scales, structure, images, density, initial, maps, distances, learned, usual
+        refinement, rounds.scales, structure, images, density, initial, maps, distances, learned, usual, axes
     )  # fmt: skip
 
 
