@@ -250,18 +250,10 @@ def calibrate_checkpoint(
     ignore: str | Path | None = None,
     left_out: int = 0,
 ) -> CalibratedModel:
-    """Write a copy of a checkpoint with calibrated thresholds; everything else in it stays as it is.
+    """Write a copy of a checkpoint with calibrated thresholds, whole or not at all; all else in it stays as it is.
 
-    Args:
-        checkpoint (str | Path): Of a trained model.
-        out (str | Path): File to write; it must not exist. It is written whole or not at all.
-        paths (Sequence[str | Path] | None): See `calibrate_model`.
-        anomalous (np.ndarray | None): See `calibrate_model`.
-        false_alarm_rate (float): See `calibrate`.
-        confidence (float): See `calibrate`.
-        model (str | None): See `load_checkpoint`.
-        ignore (str | Path | None): Regions that the copy ignores, see `ignore_regions`; for this, images are needed.
-        left_out (int): See `calibrate_model`.
+    Arguments are those of `load_checkpoint` and `calibrate_model`, and regions that the copy ignores, see
+    `ignore_regions`; for these, images are needed.
 
     Raises:
         FileExistsError: If ``out`` exists.

@@ -170,16 +170,7 @@ def update_checkpoint(
     reconsider: bool = False,
     variants: Mapping[str, str] = MappingProxyType({}),
 ) -> Update:
-    """Write a copy of a checkpoint with an updated model.
-
-    Args:
-        checkpoint (str | Path): Of a trained MetaRefine.
-        out (str | Path): File to write; it must not exist. It is written whole or not at all.
-        add (Iterable[str | Path]): See `update`.
-        forget (Iterable[str | Path]): See `update`.
-        answers (Mapping[str, bool] | None): See `update`.
-        reconsider (bool): See `update`.
-        variants (Mapping[str, str]): See `update`.
+    """Write a copy of a checkpoint with an updated model, whole or not at all; see `update`.
 
     Raises:
         FileExistsError: If ``out`` exists.
