@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anomalib_metarefine.curation.manifest import Manifest
-from anomalib_metarefine.curation.review.finish import finish
 from anomalib_metarefine.curation.run_folder import locked
 from anomalib_metarefine.images.answers import load
 from anomalib_metarefine.images.hashes import data_sha256, file_sha256
@@ -98,6 +97,8 @@ class Run:
         with locked(self.out):
             self._remember()
             if load(self._curation):  # a person's answers since the manifest was written
+                from anomalib_metarefine.curation.review.finish import finish
+
                 finish(self._curation)
             if "train" not in self.steps:  # what can't be built is told before the minutes of curation
                 self._model((256, 256))
