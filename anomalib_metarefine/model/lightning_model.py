@@ -253,7 +253,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             paths = [path for path in self._store.paths if Path(path).is_file()]
             self.training_images = check_images(paths, self.bit_depth).hashes
         answers = answers_about(self._store.paths, self.training_images, self._decided)
-        named = self._images.variants
+        named = self._images.variants if self.settings.variants == "column" else {}
         labels = [named[path] for path in self._store.paths] if named else None
         with (
             progress_bars(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,

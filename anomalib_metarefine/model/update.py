@@ -23,6 +23,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib_metarefine.features.extract import image_tensor
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.images.reading import check_images
+from anomalib_metarefine.images.sources import absolute
 from anomalib_metarefine.model.calibration import FROM_TRAINING, calibrate_model
 from anomalib_metarefine.model.checkpoints import KEY, additions, load_checkpoint, new_file, read_checkpoint
 from anomalib_metarefine.model.export import calibration_in_force, data_hashes
@@ -135,10 +136,12 @@ def variant_names(model: AnomalibModule, paths: Iterable[str], given: Mapping[st
             the image's folder ends in; else, for images beside those of a training by folders, their folder.
     """
     names, found = sorted(model.memory.names, key=len, reverse=True), {}
-    common = Path(os.path.commonpath([Path(path).parent for path in model.refinement.paths]))
-    for path in paths if names else ():
-        folder = Path(path).parent
-        known = given.get(path) or next((name for name in names if f"/{folder.as_posix()}".endswith(f"/{name}")), None)
+    if not names:
+        return {}
+    common = Path(os.path.commonpath([absolute(path).parent for path in model.refinement.paths]))
+    for path in paths:
+        folder = absolute(path).parent
+        known = given.get(path) or next((name for name in names if folder.as_posix().endswith(f"/{name}")), None)
         if known is None and model.settings.variants == "folders" and folder.is_relative_to(common):
             known = folder.relative_to(common).as_posix()
         if known is not None:

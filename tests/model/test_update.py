@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -266,10 +267,11 @@ def test_new_images_are_of_the_variant_that_the_user_names(products, tmp_path, r
     assert model.provenance["history"][-1]["added"][0]["variant"]
 
 
-def test_what_nobody_names_is_placed_by_likeness_and_it_is_said(products):
+def test_what_nobody_names_is_placed_by_likeness_and_it_is_said(products, monkeypatch):
     root, checkpoint = products
     model = load_checkpoint(checkpoint)
-    found = model.update(sorted((root / "more/other").iterdir()))
+    monkeypatch.chdir(root)
+    found = model.update([Path("more/other", path.name) for path in (root / "more/other").iterdir()])
     assert found.images[["variant", "variant_by"]].drop_duplicates().to_numpy().tolist() == [["flat", "likeness"]]
     assert any("by likeness: neither a column nor the folder names it" in text for text in found.lines())
 
