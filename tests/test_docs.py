@@ -9,6 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import anomalib.data
@@ -219,3 +221,34 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
             exec("".join(cell["source"]), names)  # as Jupyter does it
     assert names["found"].dirty.sum() == 18
     assert set(names["results"]) == {"on everything", "refined"}
+
+
+@pytest.mark.slow
+def test_the_search_answers_a_vision_engineers_questions(tmp_path):
+    """Every heading of the page of questions, typed into the search of the built pages, finds its answer first."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or pytest.skip("there is no Chromium")
+    site = tmp_path / "site"
+    subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", site], cwd=ROOT, check=True)
+    titles = re.findall(r"^## (.*)", (ROOT / "docs/questions.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(titles) > 9
+
+    class Pages(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(site))
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server, sync_api.sync_playwright() as running:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+        for title in titles:
+            page.goto(f"http://127.0.0.1:{server.server_port}/")
+            page.click(".md-search__input")
+            page.keyboard.type(title)
+            page.wait_for_selector(".md-search-result__item")
+            page.wait_for_timeout(1500)  # a search for every letter; the last one counts
+            first = page.get_attribute(".md-search-result__item a", "href")
+            assert "/questions/" in first, title
+        server.shutdown()

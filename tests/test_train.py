@@ -4,20 +4,21 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from anomalib_metarefine.cli import main
-from anomalib_metarefine.curation.decisions import decide, remember
+from anomalib_metarefine.curation.decisions import append, decide, remember
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.deploy.sidecar import read_sidecar
-from anomalib_metarefine.images.answers import read
+from anomalib_metarefine.images.answers import Answer, read
 from anomalib_metarefine.images.tables import read_table, table_text
 from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.train.plan import Plan
 from anomalib_metarefine.train.report import step_table
 from anomalib_metarefine.train.run import Run
-from anomalib_metarefine.train.use import held_out, use_of_images
+from anomalib_metarefine.train.use import held_out, rejected_before, use_of_images
 from tests.conftest import part
 from tests.curation.test_manifest import DECISIONS, make_files, make_manifest
 
@@ -174,6 +175,16 @@ def test_a_review_counts_before_the_training_and_not_after_it(data, out, tmp_pat
     assert str(data / "left/1.png") in read_table(again.out / "images.csv").image_path.tolist()
 
 
+def test_answers_that_nobody_has_finished_with_count(data, out):
+    curation = make_manifest(data, DECISIONS).write(out / "curation").parent
+    row = Manifest.read(curation).table.set_index("image_path").loc["left/1.png"]
+    append(curation, [Answer("left/1.png", row.sha256, "reject")])
+    run = Quick(out / "model", Plan(curation=str(curation)))
+    run.go()
+    assert row.decision == "keep"
+    assert str(data / "left/1.png") not in read_table(run.out / "images.csv").image_path.tolist()
+
+
 def test_a_result_that_somebody_has_touched_is_refused(data, out):
     Quick(out, Plan(str(data))).go()
     (out / "model.ckpt").write_text("another")
@@ -244,6 +255,45 @@ def test_metarefine_from_a_folder_to_a_verified_model(plates, out, capsys):
     assert "had the model been trained without it" in report
     assert main(command) == 0
     assert "verify: done before" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_named_variants_and_ignored_regions_from_a_table_to_update_explain_and_eight_bits(tmp_path, capsys):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(48):
+        kind = ("flat", "upright")[i % 2]
+        part(rng, (64, 64)).rotate(90 * (i % 2)).save(tmp_path / f"{i:02d}.png")
+        rows.append(f"{i:02d}.png,{kind}")
+    (tmp_path / "first.csv").write_text("\n".join(["image_path,variant", *rows[:44]]) + "\n")
+    (tmp_path / "later.csv").write_text("\n".join(["image_path,variant", *rows[44:]]) + "\n")
+    Image.fromarray(np.repeat([[0] * 16 + [255] * 48], 64, axis=0).astype(np.uint8)).save(tmp_path / "ignore.bmp")
+    out, new = tmp_path / "out", tmp_path / "new.ckpt"
+    command = [
+        "train",
+        str(tmp_path / "first.csv"),
+        "--out",
+        str(out),
+        "--ignore",
+        str(tmp_path / "ignore.bmp"),
+        *SMALL,
+    ]
+    assert main([*command, "variants=column", "--quiet"]) == 0
+    trained = load_checkpoint(out / "model.ckpt")
+    assert set(trained.memory.names) == {"flat", "upright"}
+    assert trained.provenance["ignored"] == ["#..."] * 4
+    assert main(["update", str(out / "model.ckpt"), "--add", str(tmp_path / "later.csv"), "--out", str(new)]) == 0
+    assert "2 of variant upright, as you name it" in capsys.readouterr().out
+    assert main(["explain", str(new), str(tmp_path / "47.png")]) == 0
+    assert "Taken for variant" in capsys.readouterr().out
+    assert main(["export", str(new), "--out", str(tmp_path / "int8"), "--precision", "INT8"]) == 0
+    assert read_sidecar(tmp_path / "int8/weights/openvino").model["precision"] == "INT8"
+
+
+def test_rejected_images_count_where_a_threshold_comes_from_kept_ones(data):
+    images = pd.DataFrame({"use": ["train"] * 6 + ["calibrate"] * 4})
+    decisions = dict.fromkeys(DECISIONS, "reject")
+    assert rejected_before(make_manifest(data, decisions), images) == round(0.4 * len(DECISIONS))
+    assert rejected_before(make_manifest(data, decisions, decided_by="user"), images) == 0
 
 
 @pytest.mark.slow

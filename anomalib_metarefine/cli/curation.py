@@ -99,6 +99,9 @@ def _curate(options: argparse.Namespace) -> int:
         print(f"  {command_line('metarefine', 'apply', options.out)} --to DIR --mode repair")
     written = sorted(file.name for file in options.out.iterdir() if not file.name.startswith("."))
     print(f"{options.out.resolve()}: {', '.join(written)}")
+    from anomalib_metarefine.curation.review.finish import next_commands
+
+    print(f"Next: {command_line('metarefine', 'review', options.out)}, then {next_commands(options.out)[0]}")
     share = curation.manifest.counts["reject"] / len(curation.manifest.table)
     if options.fail_above is not None and share > options.fail_above:
         print(f"metarefine: {share:.1%} rejected, more than --fail-above {options.fail_above:.1%}", file=sys.stderr)
@@ -173,7 +176,7 @@ def _apply(options: argparse.Namespace) -> int:
     require(options.manifest, MANIFEST)
     from anomalib_metarefine.curation.apply import REPAIRS_FILE, apply
     from anomalib_metarefine.curation.manifest import Manifest
-    from anomalib_metarefine.curation.review.finish import finish, training_command
+    from anomalib_metarefine.curation.review.finish import anomalib_command, finish
     from anomalib_metarefine.images.answers import load
 
     if load(_folder(options.manifest)):  # answers since the manifest was written
@@ -189,7 +192,7 @@ def _apply(options: argparse.Namespace) -> int:
         print(f"Not copied, as they can't be read: {', '.join(applied.left_out)}")
     if options.mode != "list":
         print("To train on what is kept, and test on what is rejected:")
-        print(f"  {training_command(applied.counts, options.to.resolve())}")
+        print(f"  {anomalib_command(applied.counts, options.to.resolve())}")
     return 0
 
 

@@ -45,10 +45,11 @@ def _update(options: argparse.Namespace) -> int:
         [] if rows is None else [(row.image_path, row.sha256, row.decision == "keep") for row in rows.itertuples()]
     )
     asked = read_verdicts(load_checkpoint(options.checkpoint), triples, lines)
-    source = [str(path) for path in read_source(options.add).paths] if options.add else []
+    source = read_source(options.add) if options.add else None
     found = update_checkpoint(
-        options.checkpoint, options.out, [*source, *asked.add], [*options.forget, *asked.forget], asked.answers,
-        options.reconsider,
+        options.checkpoint, options.out, [*(source.paths if source else ()), *asked.add],
+        [*options.forget, *asked.forget], asked.answers, options.reconsider,
+        {str(path): name for path, name in (source.variants or {}).items()} if source else {},
     )  # fmt: skip
     print("\n".join(found.lines()))
     for name, paths in (("defective, but never learned from", asked.noted), ("no longer there", asked.gone)):

@@ -64,10 +64,9 @@ def _review(options: argparse.Namespace) -> int:
     print(f"Looked at {state.looked} of {state.total}, found {state.found}, at most {state.at_most} left (95 %).")
     print(state.reason)
     if state.looked:
-        from anomalib_metarefine.curation.review.finish import apply_command
+        from anomalib_metarefine.curation.review.finish import next_commands
 
-        print("To bring manifest and report up to date with the answers, and to sort the images into a folder:")
-        print(f"  {apply_command(folder)[0]}")
+        print("Next, with the answers taken over:", *next_commands(folder), sep="\n  ")
     return 0
 
 
@@ -116,7 +115,9 @@ def _folder_of_results(results: Path) -> Path:
     from anomalib_metarefine.deploy.history import read_results
 
     folder = results.with_name(f"{results.stem}-review")
-    manifest_of(read_results(results)).write(folder)
+    manifest = manifest_of(read_results(results))
+    manifest.run["results"] = str(results.resolve())
+    manifest.write(folder)
     return folder
 
 

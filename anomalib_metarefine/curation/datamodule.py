@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 def curated_datamodule(
     images: Sequence[Path],
     test: AnomalibDataModule | str | Path | None = None,
+    variants: Sequence[str] | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> Tabular:
     """A datamodule that trains on some images, and tests on what another one tests on.
@@ -28,6 +29,7 @@ def curated_datamodule(
     Args:
         images (Sequence[Path]): To train on.
         test (AnomalibDataModule | str | Path | None): See `Manifest.datamodule`.
+        variants (Sequence[str] | None): The user's name for the variant of each image, for ``variants="column"``.
         **settings (Any): Settings of `anomalib.data.Tabular`, with its ``name``; they win.
 
     Raises:
@@ -36,6 +38,8 @@ def curated_datamodule(
     from anomalib.data import Tabular
 
     samples = _samples(images, split="train")
+    if variants is not None:
+        samples["variant"] = list(variants)
     found: dict[str, Any] = {"test_split_mode": "none", "val_split_mode": "none"}
     if test is not None:
         held_out, found = _test_samples(load_datamodule(test) if isinstance(test, str | Path) else test)

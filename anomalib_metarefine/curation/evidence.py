@@ -121,7 +121,7 @@ def gather_evidence(result: Result, names: Sequence[str], shown: np.ndarray) -> 
     found = store.map(_unusual, (places, narrow), np.arange(len(names)))
     spoilt, patches = (np.concatenate(part) for part in zip(*found, strict=True))
     # If images were not compared, it is what lies under the peaks of their maps.
-    features = store.read("deviations") if result.compared else _under_peaks(result, everyone)
+    features = store.read("deviations") if result.axes else _under_peaks(result, everyone)
     rest = ([names[i] for i in spoilt], patches, list(names), features.astype(np.float16))
     if len(shown) == 0:
         return Evidence([], np.empty((0, *images.grid), np.float16), [], [], limits, *rest)

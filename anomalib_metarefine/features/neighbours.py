@@ -53,9 +53,12 @@ class NearestImages:
         variants (np.ndarray | None): ``[N]`` number of each image's variant, for their layouts; ``None`` if one.
         looked (np.ndarray | None): ``[rows * columns]`` mask of the places that the store has; ``None`` means all.
         rows (np.ndarray | None): ``[N]`` rows of the store of the images to compare; ``None`` compares all.
+        axes (tuple[torch.Tensor, torch.Tensor] | None): Mean ``[C]`` of the patches and their principal axes
+            ``[C x D]``, the first ones first; ``None`` finds them.
 
     Attributes:
         store (FeatureStore): As given.
+        axes (tuple[torch.Tensor, torch.Tensor]): As above, those that were compared along.
         layouts (np.ndarray): ``[V]`` share of the variance of the patches of each variant that their place explains,
             in [0, 1], from its references; NaN where it has none.
     """
@@ -72,16 +75,18 @@ class NearestImages:
         variants: np.ndarray | None = None,
         looked: np.ndarray | None = None,
         rows: np.ndarray | None = None,
+        axes: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         self.store = store
         self._latest: tuple[bytes, float, np.ndarray] | None = None
         generator = torch.Generator().manual_seed(seed)
         count = len(store)
         self._chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
-        sample = store.sample_patches(_SAMPLE, generator)
-        centre = sample.mean(0)
-        axes = torch.linalg.eigh(torch.cov((sample - centre).T)).eigenvectors.flip(1)[:, :_DIMENSIONS]
-        memory = _project(store.images(self._chosen), centre, axes)
+        if axes is None:
+            sample = store.sample_patches(_SAMPLE, generator)
+            axes = sample.mean(0), torch.linalg.eigh(torch.cov((sample - sample.mean(0)).T)).eigenvectors.flip(1)
+        self.axes = axes[0], axes[1][:, :_DIMENSIONS].clone()
+        memory = _project(store.images(self._chosen), *self.axes)
         variants = np.zeros(count, dtype=int) if variants is None else variants
         own = variants[self._chosen]
         self.layouts = np.array([_layout(memory[:, own == variant]) for variant in range(variants.max() + 1)])
@@ -96,7 +101,7 @@ class NearestImages:
         number = np.full(count, -1)  # of the reference that an image is
         number[self._chosen] = np.arange(len(self._chosen))
         norms = memory.square().sum(-1)
-        against = _References(self._lists, centre, axes, memory, norms, grid, window, nearest, looked)
+        against = _References(self._lists, *self.axes, memory, norms, grid, window, nearest, looked)
         store.map(_compare, against, number, asked, on_images=on_images)
 
     @property

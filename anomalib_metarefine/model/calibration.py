@@ -159,6 +159,7 @@ def calibrate_model(
     false_alarm_rate: float = 0.01,
     confidence: float = 0.95,
     progress: bool = False,
+    left_out: int = 0,
 ) -> CalibratedModel:
     """Give a model thresholds for a stated share of false alarms, and ``model.calibration``, which says how.
 
@@ -173,6 +174,7 @@ def calibrate_model(
         false_alarm_rate (float): See `calibrate`.
         confidence (float): See `calibrate`.
         progress (bool): Show a bar.
+        left_out (int): See `calibrate`; of ``paths``.
 
     Raises:
         ValueError: If the model has no post-processor of anomalib's that could hold a threshold, no left-out scores and
@@ -182,8 +184,8 @@ def calibrate_model(
     detection = None
     if paths is None:
         shrinkage = getattr(getattr(model, "settings", None), "shrinkage", 0)
-        left_out, refinement = getattr(model, "left_out_scores", []), getattr(model, "refinement", None)
-        scores, rejected = kept_scores(left_out, refinement, shrinkage)
+        known, refinement = getattr(model, "left_out_scores", []), getattr(model, "refinement", None)
+        scores, rejected = kept_scores(known, refinement, shrinkage)
         found = set_thresholds(model.post_processor, scores, false_alarm_rate, confidence, rejected)
         if len(scores.image) < FEW_LEFT_OUT:
             logger.warning(
@@ -200,7 +202,7 @@ def calibrate_model(
             raise ValueError(msg)
         scores = raw_scores(model, [paths[i] for i in usable], progress)
         normal = RawScores(scores.image[~known], None if scores.pixel is None else scores.pixel[~known])
-        found = set_thresholds(model.post_processor, normal, false_alarm_rate, confidence)
+        found = set_thresholds(model.post_processor, normal, false_alarm_rate, confidence, left_out)
         detection = None if anomalous is None else detect(scores.image, known, found.threshold)
         source = "images that the model was not trained on"
         if not getattr(model, "training_images", {}):
@@ -246,18 +248,12 @@ def calibrate_checkpoint(
     confidence: float = 0.95,
     model: str | None = None,
     ignore: str | Path | None = None,
+    left_out: int = 0,
 ) -> CalibratedModel:
-    """Write a copy of a checkpoint with calibrated thresholds; everything else in it stays as it is.
+    """Write a copy of a checkpoint with calibrated thresholds, whole or not at all; all else in it stays as it is.
 
-    Args:
-        checkpoint (str | Path): Of a trained model.
-        out (str | Path): File to write; it must not exist. It is written whole or not at all.
-        paths (Sequence[str | Path] | None): See `calibrate_model`.
-        anomalous (np.ndarray | None): See `calibrate_model`.
-        false_alarm_rate (float): See `calibrate`.
-        confidence (float): See `calibrate`.
-        model (str | None): See `load_checkpoint`.
-        ignore (str | Path | None): Regions that the copy ignores, see `ignore_regions`; for this, images are needed.
+    Arguments are those of `load_checkpoint` and `calibrate_model`, and regions that the copy ignores, see
+    `ignore_regions`; for these, images are needed.
 
     Raises:
         FileExistsError: If ``out`` exists.
@@ -269,7 +265,7 @@ def calibrate_checkpoint(
         loaded = load_checkpoint(checkpoint, model)
         if ignore is not None:
             ignore_regions(loaded, ignore, paths or [])
-        found = calibrate_model(loaded, paths, anomalous, false_alarm_rate, confidence, progress=True)
+        found = calibrate_model(loaded, paths, anomalous, false_alarm_rate, confidence, True, left_out)
         content = read_checkpoint(checkpoint)
         states = {f"post_processor.{name}": value for name, value in loaded.post_processor.state_dict().items()}
         content["state_dict"].update(states)

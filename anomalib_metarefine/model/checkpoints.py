@@ -15,6 +15,7 @@ from anomalib.utils.serialization import anomalib_safe_globals
 
 from anomalib_metarefine.features.offline import no_pretrained_weights
 from anomalib_metarefine.model.ignoring import Ignoring
+from anomalib_metarefine.model.make import model_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -215,11 +216,7 @@ def _model_class(path: str | Path, kept: str | None, wanted: str | None) -> type
         raise ValueError(msg)
     from anomalib_metarefine import MetaRefine
 
-    found = MetaRefine if name == MetaRefine.__name__ else getattr(anomalib.models, name, None)
-    if not (isinstance(found, type) and issubclass(found, AnomalibModule)):
-        msg = f"anomalib has no model {name!r}. Expected a name such as Patchcore, Padim or MetaRefine."
-        raise ValueError(msg)
-    return found
+    return MetaRefine if name == MetaRefine.__name__ else model_class(name)
 
 
 def _first_line(error: Exception) -> str:

@@ -163,19 +163,23 @@ def explain(model: AnomalibModule, path: str | Path) -> Explanation:
     images = memory.take(others).with_images(store.images()).images([*(refinement.paths[i] for i in others), path])
     neighbours = NearestImages(
         images.store, memory.grid, seed_for(model.provenance["seed"], "references"), model.settings.neighbour_window,
-        model.settings.references, rows=np.array([len(others)]),
+        model.settings.references, looked=images.looked, rows=np.array([len(others)]), axes=memory.axes,
     )  # fmt: skip
     counted = np.zeros(bits.shape[1], dtype=bool)
     counted[bits[0].topk(tail).indices.numpy()] = True
-    labels, count = ndimage.label(counted.reshape(memory.grid), np.ones((3, 3)))
-    heat = bits[0].numpy().reshape(memory.grid)
+    labels, count = ndimage.label(images.on_grid(counted[None], False)[0], np.ones((3, 3)))
+    heat = images.on_grid(bits.numpy(), float(bits.min()))[0]
+    looked = slice(None) if images.looked is None else images.looked
     shares = ndimage.sum_labels(heat, labels, range(1, count + 1)) / heat[labels > 0].sum()
     worst = 1 + np.argsort(-shares, kind="stable")
-    rest = bits[0][torch.from_numpy((labels != worst[0]).ravel())].sort(descending=True).values
+    rest = bits[0][torch.from_numpy((labels != worst[0]).ravel()[looked])].sort(descending=True).values
     regions = [
-        Region(labels == label, float(shares[label - 1]), _alike(neighbours, (labels == label).ravel(), others, model))
+        Region(
+            labels == label, float(shares[label - 1]),
+            _alike(neighbours, (labels == label).ravel()[looked], others, model),
+        )
         for label in worst[:_REGIONS]
-    ]
+    ]  # fmt: skip
     variants = memory.variants.numpy()[others]
     nearest = neighbours.images[0, :, 0]
     return Explanation(

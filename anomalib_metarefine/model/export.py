@@ -130,19 +130,7 @@ def write_metadata(
     input_size: tuple[int, int] | None,
     exact_resize: bool = True,
 ) -> Path:
-    """Write ``metadata.json`` beside an exported model.
-
-    Args:
-        model (AnomalibModule): That was exported.
-        path (Path): The ``.xml``, ``.onnx`` or ``.pt`` file.
-        kind (str): See `sidecar_of`.
-        precision (str): See `sidecar_of`.
-        input_size (tuple[int, int] | None): See `sidecar_of`.
-        exact_resize (bool): See `sidecar_of`.
-
-    Returns:
-        Path: Of the metadata.
-    """
+    """Write ``metadata.json`` beside an exported model's file, and return its path; see `sidecar_of`."""
     sidecar = sidecar_of(model, kind, precision, input_size, exact_resize)
     sidecar.files = {file.name: file_hash(file) for file in sorted(path.parent.glob(f"{path.stem}.*"))}
     return write_sidecar(path.parent, sidecar)

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -251,6 +252,8 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             paths = [path for path in self._store.paths if Path(path).is_file()]
             self.training_images = check_images(paths, self.bit_depth).hashes
         answers = answers_about(self._store.paths, self.training_images, self._decided)
+        named = self._images.variants if self.settings.variants == "column" else {}
+        labels = [named[path] for path in self._store.paths] if named else None
         with (
             progress_bars(enabled=getattr(self.trainer, "progress_bar_callback", None) is not None) as progress,
             torch.inference_mode(mode=False),
@@ -259,7 +262,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
             start = self._shared.start(self.model.flow) if self._shared else None
             result = refine_images(
                 self._store, self._grid, self.settings, seed, progress,
-                start=start, answers=answers, looked=self.model.looked, log=self._log_figures,
+                start=start, answers=answers, labels=labels, looked=self.model.looked, log=self._log_figures,
             )  # fmt: skip
         self.model.load_density(result.density, self._grid)
         self.model.to(self.device)
@@ -350,9 +353,10 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         forget: Iterable[str | Path] = (),
         answers: Mapping[str, bool] | None = None,
         reconsider: bool = False,
+        variants: Mapping[str, str] = MappingProxyType({}),
     ) -> Update:
         """Add images and make the model forget some, without the others at hand; see `model.update.update`."""
-        return update(self, add, forget, answers, reconsider)
+        return update(self, add, forget, answers, reconsider, variants=variants)
 
     def explain(self, image: str | Path) -> Explanation:
         """Why an image has its score; see `model.explain.explain`."""
@@ -366,9 +370,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
     def _remember(self, result: Result) -> None:
         rows, (patches, channels) = len(self._store), self._store.shape
         size = rows * patches * channels * 2 / 2**20  # half precision
-        if self.model.looked is not None:
-            logger.warning("The model can't be updated later: it ignores regions, which updates don't know of yet.")
-        elif size <= self._remember_mb:
+        if size <= self._remember_mb:
             self.memory = Memory.of(result)
         elif self._remember_mb > 0:
             logger.warning(

@@ -46,9 +46,9 @@ def make_model(
     Raises:
         ValueError: If there is no such class, or it can't be built with these arguments on this backbone.
     """
-    model_class = _model_class(class_path)
+    cls = model_class(class_path)
     use_offline_weights()
-    accepted = signature(model_class).parameters
+    accepted = signature(cls).parameters
     arguments = dict(init_args)
     if "backbone" in accepted and "backbone" not in arguments:
         layers = list(layers or Backbone(backbone, pre_trained=False).layers)
@@ -56,10 +56,10 @@ def make_model(
         arguments = {name: value for name, value in shared.items() if name in accepted} | arguments
     where = f" on {arguments['backbone']}" if "backbone" in arguments else ""
     try:
-        pre_processor = _pre_processor(model_class, arguments.get("backbone"), image_size)
-        return model_class(**arguments, pre_processor=pre_processor, **parts)
+        pre_processor = _pre_processor(cls, arguments.get("backbone"), image_size)
+        return cls(**arguments, pre_processor=pre_processor, **parts)
     except Exception as error:  # upstream's messages don't tell which model they are about
-        msg = f"{model_class.__name__} can't be built{where}: {error}"
+        msg = f"{cls.__name__} can't be built{where}: {error}"
         raise ValueError(msg) from error
 
 
@@ -95,7 +95,8 @@ def sets_itself_in_validation(model: AnomalibModule) -> bool:
     return own not in (LightningModule.on_validation_start, MemoryBankMixin.on_validation_start)
 
 
-def _model_class(class_path: str) -> type[AnomalibModule]:
+def model_class(class_path: str) -> type[AnomalibModule]:
+    """The class of a name in ``anomalib.models``, or of a full path; ValueError if it is no model of anomalib's."""
     module, _, name = class_path.rpartition(".")
     try:
         # Not anomalib's get_model, which imports from anomalib alone and does not tell what arguments a class takes.
@@ -109,11 +110,9 @@ def _model_class(class_path: str) -> type[AnomalibModule]:
     return found
 
 
-def _pre_processor(
-    model_class: type[AnomalibModule], backbone: str | None, image_size: tuple[int, int]
-) -> PreProcessor:
+def _pre_processor(cls: type[AnomalibModule], backbone: str | None, image_size: tuple[int, int]) -> PreProcessor:
     """The model's own at this size; where it normalises for a backbone, as that one was trained."""
-    own = model_class.configure_pre_processor(image_size=tuple(image_size))
+    own = cls.configure_pre_processor(image_size=tuple(image_size))
     if backbone is None or not isinstance(own.transform, Compose):
         return own
     mean, std = normalization(backbone)

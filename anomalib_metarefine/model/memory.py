@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.refinement.engine import Result
     from anomalib_metarefine.refinement.structure import Kind
 
-_MOMENTS = 65_536  # patches that mean and covariance are computed from
+_MOMENTS = 131_072  # patches that mean and covariance are computed from
 _WHITENED_MB = 256  # of embeddings; of more, the whitened ones would take too much memory
 
 
@@ -60,6 +60,8 @@ class Memory:
         moments (tuple[torch.Tensor, torch.Tensor]): Mean ``[D]`` and covariance ``[D x D]`` of the whitened patches of
             the kept images when all was learned.
         trained (int): Images then.
+        looked (torch.Tensor | None): See `Images`.
+        axes (tuple[torch.Tensor, torch.Tensor] | None): That images were compared along, see `NearestImages`.
     """
 
     embeddings: torch.Tensor
@@ -76,6 +78,8 @@ class Memory:
     variants: torch.Tensor
     moments: tuple[torch.Tensor, torch.Tensor]
     trained: int
+    looked: torch.Tensor | None = None
+    axes: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(cls, result: Result) -> Memory:
@@ -87,10 +91,11 @@ class Memory:
         return cls(
             embeddings, result.images.grid, whitening.mean, whitening.projection,
             {name: value.detach() for name, value in result.initial.items()}, learned,
-            torch.from_numpy(store.read("distances")).half() if result.compared else None,
+            torch.from_numpy(store.read("distances")).half() if result.axes else None,
             not store.read("usual").all(), result.structure.kind, result.structure.kinds, result.structure.names,
             torch.from_numpy(result.structure.variants.copy()),
             _moments(whitening, embeddings[kept]), len(store),
+            None if result.images.looked is None else torch.from_numpy(result.images.looked), result.axes,
         )  # fmt: skip
 
     @property
@@ -112,10 +117,11 @@ class Memory:
     def images(self, paths: Sequence[str]) -> Images:
         """The images as the engine sees them, by their paths."""
         store, variants = FeatureStore(), self.variants.numpy()
+        looked = None if self.looked is None else self.looked.numpy()
         store.add(paths, self.embeddings)
         if self.embeddings.nbytes <= _WHITENED_MB * 2**20:  # an update goes through them four times
             store.keep(whitened=self.whitening(store.images()).numpy())
-        return Images(store, self.whitening, self.grid, variants)
+        return Images(store, self.whitening, self.grid, variants, looked)
 
     def take(self, rows: np.ndarray) -> Memory:
         """Of some of the images only, in this order."""
@@ -135,6 +141,15 @@ class Memory:
             variants=torch.cat([self.variants, self.variants.new_zeros(count)]),
             distances=distances,
         )
+
+    def with_names(self, named: Mapping[int, str]) -> Memory:
+        """With images of some rows in the variants that the user names; a new name is a new variant."""
+        names = (*self.names, *dict.fromkeys(name for name in named.values() if name not in self.names))
+        kinds = self.kinds + ("aligned",) * (len(names) - len(self.names)) if self.kinds else ()
+        variants = self.variants.clone()
+        for row, name in named.items():
+            variants[row] = names.index(name)
+        return replace(self, variants=variants, names=names, kinds=kinds)
 
     def drift(self, kept: np.ndarray) -> float:
         """What whitening by old statistics costs: divergence of the kept images' patches from those of the training.
@@ -166,7 +181,8 @@ class Memory:
 def _moments(whitening: Whitening, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance, in double precision, of the whitened patches of images ``[N x P x C]``."""
     patches = embeddings.flatten(0, 1)
-    drawn = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:_MOMENTS]
-    patches = whitening(patches[drawn].float()).double()
-    ridge = 1e-3 * torch.eye(patches.shape[1], dtype=patches.dtype)  # flat images have no covariance
-    return patches.mean(0), torch.cov(patches.T) + ridge
+    if len(patches) > _MOMENTS:
+        patches = patches[torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))[:_MOMENTS]]
+    patches = whitening(patches.float())
+    ridge = 1e-3 * torch.eye(patches.shape[1], dtype=torch.double)  # flat images have no covariance
+    return patches.mean(0).double(), torch.cov(patches.T).double() + ridge

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 MOST_DRIFT = 0.05  # bits per dimension, see docs/update.md
 MOST_CHANGED = 0.5  # of the images of the training
+MOST_FORGOTTEN = 0.3  # of them; when half were, twice as many decisions were others as when a tenth was
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Update:
 
     Attributes:
         images (pd.DataFrame): One row per new image: ``image_path``, ``sha256``, ``score`` in spreads of the kept
-            images, ``decision`` (keep or reject), ``decided_by`` (rule or user), highest score first.
+            images, ``decision`` (keep or reject), ``decided_by`` (rule or user), and where variants have names
+            ``variant`` and ``variant_by`` (user or likeness); highest score first.
         forgotten (dict[str, str]): SHA-256 of the images that the model no longer knows, by path.
         changed (dict[str, str]): New decision about old images, by path.
         skipped (dict[str, str]): Reason, by path, for images that were to be added and were not.
@@ -27,6 +29,8 @@ class Update:
         recalibrated (bool): Whether thresholds were chosen anew; if not, they came from images that are not at hand.
         drift (float): See `Memory.drift`.
         share_changed (float): Images added and forgotten since the training, over those of the training.
+        share_forgotten (float): Share of the images of the training that were forgotten. All others were compared with
+            them (with a random part, where there were many), and that no update can do again.
     """
 
     images: pd.DataFrame
@@ -38,6 +42,7 @@ class Update:
     recalibrated: bool
     drift: float
     share_changed: float
+    share_forgotten: float
 
     @property
     def training_due(self) -> str:
@@ -46,6 +51,8 @@ class Update:
             return f"the features have drifted by {self.drift:.3f} bits per dimension (at most {MOST_DRIFT})"
         if self.share_changed > MOST_CHANGED:
             return f"{self.share_changed:.0%} of the images of the training were added or forgotten (at most 50 %)"
+        if self.share_forgotten > MOST_FORGOTTEN:
+            return f"{self.share_forgotten:.0%} of the images that all were compared with are forgotten (at most 30 %)"
         return ""
 
     def lines(self) -> list[str]:
@@ -58,6 +65,9 @@ class Update:
               for row in self.images[self.images.decision == "reject"].itertuples()),
             *(f"  skipped: {path}: {reason}" for path, reason in self.skipped.items()),
         ]  # fmt: skip
+        for (name, by), rows in self.images[self.images.variant != ""].groupby(["variant", "variant_by"]):
+            told = "as you name it" if by == "user" else "by likeness: neither a column nor the folder names it"
+            found.append(f"  {len(rows)} of variant {name}, {told}")
         before, after = self.threshold
         if self.recalibrated:
             found.append(f"Threshold {after:.4g}, before {before:.4g}.")
@@ -66,7 +76,10 @@ class Update:
                 f"Threshold {after:.4g} as before: it was not chosen from the training images. "
                 "Choose it anew: metarefine calibrate."
             )
-        state = f"drift {self.drift:.3f} bits per dimension, {self.share_changed:.0%} of the images changed"
+        state = (
+            f"drift {self.drift:.3f} bits per dimension, {self.share_changed:.0%} of the images changed, "
+            f"{self.share_forgotten:.0%} of those of the training forgotten"
+        )
         due = (
             f"A new training is due: {self.training_due}." if self.training_due else f"No new training is due: {state}."
         )

@@ -31,9 +31,11 @@ class TrainingImages(Callback):
     Attributes:
         hashes (dict[str, str]): SHA-256 of the readable images, by path.
         unreadable (dict[str, str]): Reason, by path, for the others.
+        variants (dict[str, str]): Column ``variant`` of the datamodule's samples, by path, if there is one.
     """
 
     def __init__(self) -> None:
+        self.variants: dict[str, str] = {}
         self.hashes: dict[str, str] = {}
         self.unreadable: dict[str, str] = {}
         self._train_data: Any = None
@@ -55,6 +57,8 @@ class TrainingImages(Callback):
         if pl_module.is_fitted or train_data is None:
             return
         paths = [str(path) for path in train_data.samples["image_path"]]
+        if "variant" in train_data.samples:
+            self.variants = dict(zip(paths, map(str, train_data.samples["variant"]), strict=True))
         self._check(paths, datamodule.name, pl_module.bit_depth)
         pl_module.training_images = self.hashes
         if self.unreadable:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib_metarefine.features.extract import image_tensor
 from anomalib_metarefine.features.store import FeatureStore
 from anomalib_metarefine.images.reading import check_images
+from anomalib_metarefine.images.sources import absolute
 from anomalib_metarefine.model.calibration import FROM_TRAINING, calibrate_model
 from anomalib_metarefine.model.checkpoints import KEY, additions, load_checkpoint, new_file, read_checkpoint
 from anomalib_metarefine.model.export import calibration_in_force, data_hashes
@@ -51,6 +54,7 @@ def update(
     answers: Mapping[str, bool] | None = None,
     reconsider: bool = False,
     progress: bool = False,
+    variants: Mapping[str, str] = MappingProxyType({}),
 ) -> Update:
     """Add images to a trained model, and make it forget some.
 
@@ -62,6 +66,8 @@ def update(
         answers (Mapping[str, bool] | None): Images, by path, that a person has decided to keep (true) or to reject.
         reconsider (bool): Judge all images anew, in rounds, as the training did; else old decisions stand.
         progress (bool): Show bars.
+        variants (Mapping[str, str]): The user's name for the variant of new images, by path; where the training had
+            names. Otherwise the folder that an image lies in names it, as in the training (`variant_names`).
 
     Returns:
         Update: What was done.
@@ -81,8 +87,9 @@ def update(
     if len(new):
         maps = model.model.scorer(new.images().to(model.device)).detach().cpu()
         likelihood += image_scores(maps, model.settings.tail).tolist()
+    named = variant_names(model, new.paths, variants)
     changed = change(
-        memory, refinement.paths, np.array(refinement.kept), rows, new, np.array(likelihood), answers, skipped
+        memory, refinement.paths, np.array(refinement.kept), rows, new, np.array(likelihood), answers, skipped, named
     )
     flow, fit_images = copy.deepcopy(model.model.flow).cpu(), fit_all_anew if reconsider else fit_standing
     with progress_bars(enabled=progress) as bars, torch.inference_mode(mode=False), torch.enable_grad():
@@ -116,6 +123,32 @@ def known_images(model: AnomalibModule, names: Iterable[str | Path]) -> dict[str
     return found
 
 
+def variant_names(model: AnomalibModule, paths: Iterable[str], given: Mapping[str, str]) -> dict[str, str]:
+    """Names of the variants of new images, by path, as far as they are known.
+
+    Args:
+        model (AnomalibModule): A trained model.
+        paths (Iterable[str]): New images.
+        given (Mapping[str, str]): What the user says, by path.
+
+    Returns:
+        dict[str, str]: Where the training had names: what the user says; else the longest known name that the path of
+            the image's folder ends in; else, for images beside those of a training by folders, their folder.
+    """
+    names, found = sorted(model.memory.names, key=len, reverse=True), {}
+    if not names:
+        return {}
+    common = Path(os.path.commonpath([absolute(path).parent for path in model.refinement.paths]))
+    for path in paths:
+        folder = absolute(path).parent
+        known = given.get(path) or next((name for name in names if folder.as_posix().endswith(f"/{name}")), None)
+        if known is None and model.settings.variants == "folders" and folder.is_relative_to(common):
+            known = folder.relative_to(common).as_posix()
+        if known is not None:
+            found[path] = known
+    return found
+
+
 @torch.no_grad()
 def embed_files(model: AnomalibModule, paths: Sequence[str], progress: bool = False) -> FeatureStore:
     """Embeddings of readable image files, as the training would have them."""
@@ -138,16 +171,9 @@ def update_checkpoint(
     forget: Iterable[str | Path] = (),
     answers: Mapping[str, bool] | None = None,
     reconsider: bool = False,
+    variants: Mapping[str, str] = MappingProxyType({}),
 ) -> Update:
-    """Write a copy of a checkpoint with an updated model.
-
-    Args:
-        checkpoint (str | Path): Of a trained MetaRefine.
-        out (str | Path): File to write; it must not exist. It is written whole or not at all.
-        add (Iterable[str | Path]): See `update`.
-        forget (Iterable[str | Path]): See `update`.
-        answers (Mapping[str, bool] | None): See `update`.
-        reconsider (bool): See `update`.
+    """Write a copy of a checkpoint with an updated model, whole or not at all; see `update`.
 
     Raises:
         FileExistsError: If ``out`` exists.
@@ -156,7 +182,7 @@ def update_checkpoint(
     """
     with new_file(out) as temporary:
         model = load_checkpoint(checkpoint)
-        found = update(model, add, forget, answers, reconsider, progress=True)
+        found = update(model, add, forget, answers, reconsider, progress=True, variants=variants)
         content = read_checkpoint(checkpoint)
         content["state_dict"], content[KEY] = model.state_dict(), additions(model)
         torch.save(content, temporary)
@@ -238,16 +264,21 @@ def _take_over(
     decisions = np.where(fit.kept, "keep", "reject").tolist()
     was = dict(zip(before.paths, before.kept, strict=True))
     other = {path: decisions[i] for i, path in enumerate(paths) if was.get(path, fit.kept[i]) != fit.kept[i]}
+    names = fit.memory.names
     images = pd.DataFrame(
         [
-            (paths[i], hashes[paths[i]], fit.scores[i], decisions[i], "user" if i in changed.answers else "rule")
+            (
+                paths[i], hashes[paths[i]], fit.scores[i], decisions[i], "user" if i in changed.answers else "rule",
+                names[fit.memory.variants[i]] if names else "",
+                ("user" if i in changed.named else "likeness") if names else "",
+            )
             for i in np.flatnonzero(changed.fresh)
         ],
-        columns=["image_path", "sha256", "score", "decision", "decided_by"],
-    ).sort_values("score", ascending=False, kind="stable", ignore_index=True)
+        columns=["image_path", "sha256", "score", "decision", "decided_by", "variant", "variant_by"],
+    ).sort_values("score", ascending=False, kind="stable", ignore_index=True)  # fmt: skip
     entry = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "added": images.drop(columns="score").to_dict("records"),
+        "added": images.drop(columns=["score", *([] if names else ["variant", "variant_by"])]).to_dict("records"),
         "forgotten": gone,
         "changed": other,
         "reconsidered": reconsidered,
@@ -258,9 +289,11 @@ def _take_over(
     model.provenance |= data_hashes(model.refinement, model.training_images)
     model.provenance |= {"variants": len(fit.density.gaussians), "history": past}
     moved = sum(len(one["added"]) + len(one["forgotten"]) for one in past) / fit.memory.trained
+    added = {image["sha256"] for one in past for image in one["added"]}
+    forgotten = {sha256 for one in past for sha256 in one["forgotten"].values()} - added
     return Update(
         images, gone, other, skipped, int(fit.kept.sum()), (threshold, threshold_of(model)), recalibrated,
-        entry["drift"], moved,
+        entry["drift"], moved, len(forgotten) / fit.memory.trained,
     )  # fmt: skip
 
 

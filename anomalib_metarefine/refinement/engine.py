@@ -33,6 +33,7 @@ from anomalib_metarefine.settings import Settings, seed_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from rich.progress import Progress
 
     from anomalib_metarefine.density.flow import PatchFlow
@@ -70,7 +71,7 @@ class Result:
         density (PatchDensity): Fitted on the kept images.
         initial (Parameters): Where the flow of the density began.
         likelihood (np.ndarray): ``[N]`` scores under the density, those of fitted images as if left out.
-        compared (bool): Whether images were compared.
+        axes (tuple[torch.Tensor, torch.Tensor] | None): See `NearestImages`; ``None`` if images were not compared.
     """
 
     refinement: Refinement
@@ -80,7 +81,7 @@ class Result:
     density: PatchDensity
     initial: Parameters
     likelihood: np.ndarray
-    compared: bool
+    axes: tuple[torch.Tensor, torch.Tensor] | None
 
     @property
     def kept(self) -> np.ndarray:
@@ -142,8 +143,8 @@ def refine_images(
     left_out = 1 - sum(store.map(_learned, None, rounds.kept)) / (rounds.kept.sum() * len(images.positions))
     structure = replace(structure, unlearned=int((rounds.kept & (images.groups(rounds.kept) < 0)).sum()))
     refinement = record(rounds, store.paths, structure.describe(), store.left_out, float(left_out))
-    compared = neighbours is not None
-    return Result(refinement, rounds.scales, structure, images, density, initial, likelihood, compared)
+    axes = None if neighbours is None else neighbours.axes
+    return Result(refinement, rounds.scales, structure, images, density, initial, likelihood, axes)
 
 
 def _learned(shard: Shard, _shared: None, kept: np.ndarray) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.run_folder import locked
+from anomalib_metarefine.images.answers import load
 from anomalib_metarefine.images.hashes import data_sha256, file_sha256
 from anomalib_metarefine.images.sources import absolute, listing, read_source
 from anomalib_metarefine.images.tables import read_table, table_text
@@ -29,7 +30,7 @@ from anomalib_metarefine.logs import quiet
 from anomalib_metarefine.settings import setting_names
 from anomalib_metarefine.train.plan import OURS, Plan, Step
 from anomalib_metarefine.train.report import page
-from anomalib_metarefine.train.use import use_of_images
+from anomalib_metarefine.train.use import rejected_before, use_of_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -95,6 +96,10 @@ class Run:
         """
         with locked(self.out):
             self._remember()
+            if load(self._curation):  # a person's answers since the manifest was written
+                from anomalib_metarefine.curation.review.finish import finish
+
+                finish(self._curation)
             if "train" not in self.steps:  # what can't be built is told before the minutes of curation
                 self._model((256, 256))
             self._step("curate", self._curate)
@@ -210,6 +215,7 @@ class Run:
         validates = sets_itself_in_validation(model)
         datamodule = curated_datamodule(
             [Path(path) for path in learned.image_path],
+            variants=learned.variant.tolist() if learned.variant.any() else None,
             name=self.manifest.root.name or CURATION,
             train_batch_size=plan.batch_size,
             num_workers=max(0, min(8, (os.cpu_count() or 1) - 1)),
@@ -264,6 +270,7 @@ class Run:
             held or None,
             false_alarm_rate=self.plan.false_alarm_rate,
             ignore=None if self.plan.model == OURS else ignore,
+            left_out=rejected_before(self.manifest, images) if held else 0,
         )
         names = ("threshold", "false_alarm_rate", "bound", "confidence", "images", "set_aside", "method")
         return {name: getattr(found, name) for name in names} | {"uncertain": found.uncertain.expected_share}

@@ -20,7 +20,9 @@ _HELD_OUT = 0.2  # of the kept images, where a model has no leave-one-out scores
 
 
 def use_of_images(manifest: Manifest, plan: Plan) -> pd.DataFrame:
-    """The images that are kept: ``image_path``, ``sha256`` and ``use``, which is train or calibrate.
+    """The images that are kept: ``image_path``, ``sha256``, ``use``, which is train or calibrate, and ``variant``.
+
+    The variant is the user's name for it; empty where variants have none.
 
     Raises:
         ValueError: If there are too few.
@@ -34,7 +36,22 @@ def use_of_images(manifest: Manifest, plan: Plan) -> pd.DataFrame:
         count = held_out(len(rows), plan.false_alarm_rate)
         use[np.random.default_rng(seed_for(plan.seed, "held out")).permutation(len(rows))[:count]] = "calibrate"
     paths = [str(path) for path in manifest.paths(rows)]
-    return pd.DataFrame({"image_path": paths, "sha256": rows.sha256.to_numpy(), "use": use})
+    names = manifest.run.get("structure", {}).get("names") or []
+    variant = [names[int(number)] for number in rows.variant] if names else ""
+    return pd.DataFrame({"image_path": paths, "sha256": rows.sha256.to_numpy(), "use": use, "variant": variant})
+
+
+def rejected_before(manifest: Manifest, images: pd.DataFrame) -> int:
+    """How many images the rule rejected for the share of the kept ones that is held out.
+
+    Some of them are normal, and would have had high scores: without them a threshold would promise too much.
+
+    Args:
+        manifest (Manifest): Of the curation.
+        images (pd.DataFrame): See `use_of_images`.
+    """
+    rejected = (manifest.table.decision == "reject") & (manifest.table.decided_by == "rule")
+    return round(float(rejected.sum() * (images.use == "calibrate").mean()))
 
 
 def held_out(images: int, false_alarm_rate: float) -> int:

@@ -8,6 +8,7 @@ import pytest
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.line_results import manifest_of
 from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.review.finish import next_commands
 from anomalib_metarefine.images.reading import file_hash
 from tests.conftest import plate
 
@@ -45,6 +46,8 @@ def test_a_table_to_fill_in_comes_back_as_verdicts(lines, tmp_path):
     manifest = Manifest.read(tmp_path / "line7-review")
     assert manifest.root == tmp_path / "belt"
     assert manifest.counts == {"keep": 2, "reject": 1, "review": 1}
+    (command,) = next_commands(tmp_path / "line7-review")
+    assert command.startswith(f"metarefine update CKPT --verdicts {tmp_path}/line7-review/decisions.csv --results ")
     asked = pd.read_csv(questions)
     assert set(asked.sha256) <= {line["sha256"] for line in lines if "raw_score" in line}
     assert main(["review", str(results), "--out", str(tmp_path / "again.csv")]) == 0

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
 from PIL import Image
 
+from anomalib_metarefine import MetaRefine
 from anomalib_metarefine.images.reading import file_hash
 from anomalib_metarefine.model import update as updating
 from anomalib_metarefine.model.calibration import raw_scores
@@ -15,7 +19,8 @@ from anomalib_metarefine.model.checkpoints import load_checkpoint
 from anomalib_metarefine.model.export import write_metadata
 from anomalib_metarefine.model.outcome import MOST_DRIFT
 from anomalib_metarefine.model.update import known_images, update_checkpoint
-from tests.model.conftest import fit
+from tests.conftest import part
+from tests.model.conftest import FIT, fit
 
 
 def scores(model, line):
@@ -192,10 +197,104 @@ def test_a_model_without_memory_says_so(line, checkpoint):
         model.update(forget=["tr001.png"])
 
 
-def test_a_model_that_ignores_regions_says_that_it_can_not_be_updated(line, tmp_path):
+def test_a_model_that_ignores_regions_is_updated_as_if_from_scratch(line, tmp_path):
     mask = np.full((96, 96), 255, dtype=np.uint8)
     mask[:32, :32] = 0
     Image.fromarray(mask).save(tmp_path / "ignore.png")
-    model = load_checkpoint(fit(line, line / "start.pt", "ignoring", ignore=tmp_path / "ignore.png"))
-    with pytest.raises(ValueError, match="does not remember its training images"):
-        model.explain(line / "later/la001.png")
+    ignoring = {"ignore": tmp_path / "ignore.png", "patch_fence": 3.0}
+    model = load_checkpoint(fit(line, line / "start.pt", "ignoring", **ignoring))
+    later = sorted((line / "later").iterdir())
+    found = model.update(add=later, forget=["tr007.png"])
+    assert found.images.decision.value_counts().to_dict() == {"keep": 7, "reject": 1}
+    shutil.copytree(line / "test", tmp_path / "test")
+    shutil.copytree(line / "train/good", tmp_path / "train/good")
+    (tmp_path / "train/good/tr007.png").unlink()
+    for path in later:
+        shutil.copy(path, tmp_path / "train/good")
+    scratch = load_checkpoint(fit(tmp_path, line / "start.pt", **ignoring))
+    assert sum(model.refinement.kept) == sum(scratch.refinement.kept)
+    np.testing.assert_allclose(scores(model, line), scores(scratch, line), rtol=1e-5)
+    assert model.memory.embeddings.shape[1] == model.model.scorer.patches == 32  # of 36
+    blob = sorted((line / "test/blob").iterdir())[0]
+    explained = model.explain(blob)
+    assert explained.heat.shape == (6, 6)
+    assert not explained.regions[0].mask[:2, :2].any()
+    assert explained.score == pytest.approx(raw_scores(model, [blob]).image[0], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory):
+    """Plates of two kinds, which lie in folders of these names, and a model that knows them by these."""
+    root = tmp_path_factory.mktemp("products")
+    rng = np.random.default_rng(3)
+    for name in ("flat", "upright", "more/upright", "more/other", "steel"):
+        (root / "line" / name).mkdir(parents=True)
+        for i in range(3 if "/" in name else 6 if name == "steel" else 12):
+            image = part(rng)
+            (image.rotate(90) if name.endswith("upright") else image).save(root / "line" / name / f"{i:02d}.png")
+    (root / "line/more").rename(root / "more")
+    (root / "line/steel").rename(root / "steel")
+    datamodule = Folder("two", root=root / "line", normal_dir=["flat", "upright"], val_split_mode="none", num_workers=0)
+    engine = Engine(default_root_dir=root / "results", logger=False, accelerator="cpu", limit_val_batches=0)
+    torch.manual_seed(0)
+    engine.fit(MetaRefine(**FIT, variants="folders", meta_steps=1), datamodule=datamodule)
+    return root, engine.trainer.checkpoint_callback.best_model_path
+
+
+@pytest.mark.parametrize("reconsider", [False, True])
+def test_new_images_are_of_the_variant_that_the_user_names(products, tmp_path, reconsider):
+    root, checkpoint = products
+    model = load_checkpoint(checkpoint)
+    assert set(model.memory.names) == {"flat", "upright"}
+    moved = shutil.copytree(root / "more/other", tmp_path / "upright")  # they look flat
+    (root / "line/steel").symlink_to(root / "steel")
+    try:
+        steel = sorted((root / "line/steel").iterdir())
+        named = str(steel[0])
+        found = model.update([*sorted(moved.iterdir()), *steel], reconsider=reconsider, variants={named: "flat"})
+    finally:
+        (root / "line/steel").unlink()
+    rows = found.images.set_index("image_path")
+    assert set(rows.loc[[str(path) for path in moved.iterdir()]].variant) == {"upright"}
+    assert rows.loc[named].variant == "flat"
+    assert set(rows.loc[list(map(str, steel[1:]))].variant) == {"steel"}
+    assert set(rows.variant_by) == {"user"}
+    placed = {
+        path: model.memory.names[v] for path, v in zip(model.refinement.paths, model.memory.variants, strict=True)
+    }
+    assert [placed[path] for path in rows.index] == rows.variant.tolist()
+    assert any("of variant steel, as you name it" in text for text in found.lines())
+    assert model.provenance["history"][-1]["added"][0]["variant"]
+
+
+def test_what_nobody_names_is_placed_by_likeness_and_it_is_said(products, monkeypatch):
+    root, checkpoint = products
+    model = load_checkpoint(checkpoint)
+    monkeypatch.chdir(root)
+    found = model.update([Path("more/other", path.name) for path in (root / "more/other").iterdir()])
+    assert found.images[["variant", "variant_by"]].drop_duplicates().to_numpy().tolist() == [["flat", "likeness"]]
+    assert any("by likeness: neither a column nor the folder names it" in text for text in found.lines())
+
+
+def test_many_new_images_are_placed_by_old_ones(products, tmp_path):
+    """More than are remembered as nearest: the likes of each are new images themselves."""
+    model, rng = load_checkpoint(products[1]), np.random.default_rng(4)
+    smaller = model.memory.names[1]
+    for i in range(26):
+        part(rng).rotate(90 * (smaller == "upright")).save(tmp_path / f"{i:02d}.png")
+    found = model.update(sorted(tmp_path.iterdir()))
+    assert set(found.images.variant) == {smaller}
+
+
+def test_references_that_were_forgotten_are_counted(line, checkpoint):
+    model = load_checkpoint(checkpoint)
+    later = sorted((line / "later").iterdir())[:2]
+    model.update(add=later)
+    found = model.update(forget=[file_hash(later[0]), *(f"tr{i:03d}.png" for i in range(7))])
+    assert found.share_forgotten == 7 / 26
+    assert "27% of those of the training forgotten" in found.lines()[-1]
+    found = model.update(forget=["tr007.png"])
+    assert found.share_forgotten == 8 / 26
+    assert found.lines()[-1] == (
+        "A new training is due: 31% of the images that all were compared with are forgotten (at most 30 %)."
+    )

@@ -11,8 +11,8 @@ from anomalib_metarefine.curation.decisions import decide, remember
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.session import Session
-from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, locked
-from anomalib_metarefine.images.answers import load, taken_back
+from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, MANIFEST_FILE, locked, read_run
+from anomalib_metarefine.images.answers import DECISIONS_FILE, load, taken_back
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,18 +62,29 @@ def finish(folder: str | Path, decisions: pd.DataFrame | None = None) -> Manifes
     return finished
 
 
-def apply_command(folder: Path) -> tuple[str, Path]:
-    """What sorts the images into a folder beside the curation's own, and that folder; it does not exist yet."""
-    folder = folder.resolve()
-    name = f"{folder.name.removesuffix('-curation')}-clean"
-    target, number = folder.with_name(name), 1
+def next_commands(folder: str | Path) -> list[str]:
+    """What to type after a review: train on what is kept, or sort it into a folder; or update a line's model."""
+    folder = Path(folder).resolve()
+    results = read_run(folder / MANIFEST_FILE).get("results")
+    if results:
+        verdicts = ["--verdicts", str(folder / DECISIONS_FILE), "--results", results, "--out", "NEW.ckpt"]
+        return [shlex.join(["metarefine", "update", "CKPT", *verdicts])]
+    train = ["metarefine", "train", "--curation", str(folder), "--out", _beside(folder, "model")]
+    sort = ["metarefine", "apply", str(folder), "--to", _beside(folder, "clean"), "--review", "keep"]
+    return [shlex.join(train), shlex.join(sort)]
+
+
+def _beside(folder: Path, name: str) -> str:
+    """A folder that does not exist yet."""
+    base = f"{folder.name.removesuffix('-curation')}-{name}"
+    target, number = folder.with_name(base), 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"{name}-{number}")
-    return shlex.join(["metarefine", "apply", str(folder), "--to", str(target), "--review", "keep"]), target
+        target = folder.with_name(f"{base}-{number}")
+    return str(target)
 
 
-def training_command(counts: Mapping[str, int], applied: Path) -> str:
+def anomalib_command(counts: Mapping[str, int], applied: Path) -> str:
     """What trains MetaRefine on the kept images of a folder that `apply` wrote, and tests on the rejected ones.
 
     Args:

@@ -223,13 +223,11 @@ def _map(session: Session) -> dict[str, Any]:
 
 def _finished(session: Session) -> dict[str, Any]:
     """Manifest and report brought up to date, and what to type next."""
-    from anomalib_metarefine.curation.review.finish import apply_command, finish, training_command
+    from anomalib_metarefine.curation.review.finish import finish, next_commands
 
     manifest = finish(session.folder)
-    command, target = apply_command(session.folder)
     written = [str(session.folder.resolve() / name) for name in (MANIFEST_FILE, REPORT_FILE)]
-    commands = [command, training_command(manifest.counts, target)]
-    return {"verdict": manifest.verdict, "written": written, "commands": commands}
+    return {"verdict": manifest.verdict, "written": written, "commands": next_commands(session.folder)}
 
 
 def _full(path: Path) -> Response:

@@ -6,7 +6,7 @@ from anomalib_metarefine.cli import main
 from anomalib_metarefine.curation.curate import Curation
 from anomalib_metarefine.curation.decisions import append
 from anomalib_metarefine.curation.manifest import Manifest, file_sha256
-from anomalib_metarefine.curation.review.finish import apply_command, finish, training_command
+from anomalib_metarefine.curation.review.finish import anomalib_command, finish, next_commands
 from anomalib_metarefine.curation.review.session import Session
 from anomalib_metarefine.images.answers import Answer
 from tests.curation.made_up import make
@@ -69,19 +69,20 @@ def test_nothing_is_written_where_nothing_is_new(folder):
 
 def test_apply_takes_answers_over_and_says_how_to_train(folder, tmp_path, capsys):
     answer(folder, "good/00001.png", "reject")
-    command, target = apply_command(folder)
-    assert target == tmp_path / "line-clean"
-    assert main(command.split()[1:]) == 0
+    train, apply = next_commands(folder)
+    target = tmp_path / "line-clean"
+    assert train == f"metarefine train --curation {folder.resolve()} --out {tmp_path / 'line-model'}"
+    assert main(apply.split()[1:]) == 0
     assert (target / "reject" / "good" / "00001.png").exists()
-    assert training_command({"reject": 5}, target) in capsys.readouterr().out
-    assert apply_command(folder)[1] == tmp_path / "line-clean-2"
+    assert anomalib_command({"reject": 5}, target) in capsys.readouterr().out
+    assert f"--to {tmp_path / 'line-clean-2'}" in next_commands(folder)[1]
 
 
 def test_the_training_command_is_one_that_anomalib_understands(folder, tmp_path):
     from anomalib.cli import AnomalibCLI
 
     for counts, tested in (({"reject": 5}, "from_dir"), ({"reject": 0}, "synthetic")):
-        words = training_command(counts, tmp_path / "line-clean").split()
+        words = anomalib_command(counts, tmp_path / "line-clean").split()
         parsed = AnomalibCLI(args=words[1:], run=False).config["train"]
         assert parsed.data.init_args.normal_dir == "keep"
         assert parsed.data.init_args.test_split_mode == tested

@@ -271,15 +271,14 @@ class TestServer:
         row = Manifest.read(folder).table.set_index("image_path").loc[name]
         assert (row.decision, row.decided_by) == ("reject", "user")
         assert said["verdict"] == Manifest.read(folder).verdict
-        apply, train = map(shlex.split, said["commands"])
+        train, apply = map(shlex.split, said["commands"])
         assert apply == [
             "metarefine",
             "apply",
             str(folder.resolve()),
             *["--to", str(folder.resolve().with_name("out-clean")), "--review", "keep"],
         ]
-        assert train[:4] == ["anomalib", "train", "--model", "MetaRefine"]
-        assert apply[4] in train
+        assert train == ["metarefine", "train", "--curation", apply[2], "--out", apply[4].replace("clean", "model")]
 
     @pytest.mark.parametrize(
         ("what", "body"),
