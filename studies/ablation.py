@@ -194,7 +194,7 @@ class _Training:
         """Image scores of the test set, and the mean bits per dimension of the patches of its normal images."""
         flow, scorer = copy.deepcopy(density.flow), PatchScorer()
         flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
-        scorer.load(density.whitening, density.gaussians, flow, position_code(*self.grid))
+        scorer.load(density, flow, position_code(*self.grid))
         maps = torch.cat([scorer(chunk) for chunk in self.test.split(_CHUNK)])
         return image_score(maps, Settings().tail).numpy(), maps[self.labels == 0].mean().item()
 

@@ -133,7 +133,7 @@ def _fit_metarefine(store: FeatureStore, rows: np.ndarray, seed: int) -> tuple[S
     density, flow = result.density, result.density.flow
     flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
     scorer = PatchScorer()
-    scorer.load(density.whitening, density.gaussians, flow, position_code(side, side))
+    scorer.load(density, flow, position_code(side, side))
 
     @torch.no_grad()
     def score(chosen: np.ndarray) -> np.ndarray:

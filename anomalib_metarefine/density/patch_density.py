@@ -1,7 +1,10 @@
-"""A fitted density of patches: Gaussians of the places, one set a variant, then the flow.
+"""A fitted density of patches: Gaussians of the places, one set a variant, then the flow; or a memory of patches.
 
 An image is as unusual as the variant that it fits best says. Which one that is, the tail of the bits of the leading
 channels tells: a sixteenth of the cost of all channels, and the map of the places needs no others for it.
+
+Where parts lie anywhere, or images share too little, places say nothing. There the score of a patch is its distance to
+the nearest one of a memory.
 """
 
 from __future__ import annotations
@@ -18,35 +21,47 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from anomalib_metarefine.density.gaussian import PositionalGaussian
+    from anomalib_metarefine.density.patch_memory import PatchMemory
     from anomalib_metarefine.features.embedding import Whitening
 
 Parameters = dict[str, torch.Tensor]
 
 
 class PatchDensity(NamedTuple):
-    """Global whitening, positional whitening, flow with its parameters; scores are in bits per dimension."""
+    """Global whitening, positional whitening, flow with its parameters; scores are in bits per dimension.
+
+    With a memory there is no positional whitening, the flow is not asked, and scores are distances.
+    """
 
     whitening: Whitening  # C to D channels
     gaussians: tuple[PositionalGaussian, ...]  # of the P places, one for each variant
     flow: PatchFlow  # the architecture, shared by the variants
     parameters: Parameters  # of the flow
     tail: float  # share of the patches that say how well an image fits a variant
+    memory: PatchMemory | None = None
+
+    @property
+    def variants(self) -> int:
+        """How many are told apart."""
+        return max(1, len(self.gaussians))
 
     def score(
         self, whitened: torch.Tensor, positions: torch.Tensor, fitted: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Bits per dimension of patches, those it was fitted on as if each had been left out.
+        """Scores of patches, those it was fitted on as if each had been left out.
 
         Args:
             whitened (torch.Tensor): ``[n x P x D]``, globally whitened.
             positions (torch.Tensor): ``[P x 16]``.
-            fitted (torch.Tensor | None): ``[n x P]`` number of the Gaussian that each patch was fitted on, -1 for none;
-                ``None`` if the images are new.
+            fitted (torch.Tensor | None): ``[n x P]`` number of the Gaussian that each patch was fitted on, with a memory
+                of the image; -1 for none. ``None`` if the images are new.
 
         Returns:
             torch.Tensor: ``[n x P]``.
         """
         fitted = torch.full(whitened.shape[:2], -1) if fitted is None else fitted
+        if self.memory is not None:
+            return self.memory.distances(whitened, fitted.amax(1))
         variants = self.variants_of(whitened, fitted)
         z, log_det = torch.empty_like(whitened), whitened.new_empty(whitened.shape[:2])
         for number in variants.unique().tolist():

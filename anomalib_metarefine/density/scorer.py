@@ -21,6 +21,7 @@ from torch import nn
 
 from anomalib_metarefine.density.flow import AFFINE_CLAMPING, bits_per_dimension
 from anomalib_metarefine.density.patch_density import routing_channels
+from anomalib_metarefine.density.patch_memory import nearest
 from anomalib_metarefine.features.embedding import image_score
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from anomalib_metarefine.density.flow import PatchFlow
     from anomalib_metarefine.density.gaussian import PositionalGaussian
+    from anomalib_metarefine.density.patch_density import PatchDensity
     from anomalib_metarefine.features.embedding import Whitening
 
 _ROOT_BLOCKS = 4  # of a triangular matrix: 5/8 of its entries are left
@@ -36,7 +38,7 @@ _COUPLING = ("weight_in", "bias_in", "weight_out", "bias_out", "log_gain")
 
 
 class PatchScorer(nn.Module):
-    """Bits per dimension of the patches of images, on the grid that a density was fitted on; empty before `load`.
+    """Scores of the patches of images, on the grid that a density was fitted on; empty before `load`.
 
     ``K`` couplings with ``H`` hidden channels act on ``P`` patches of ``D`` whitened channels. Of ``V`` variants, an
     image is scored under the one that it fits best; with one variant there is nothing to choose, and no axis for it.
@@ -54,41 +56,31 @@ class PatchScorer(nn.Module):
     log_gain: torch.Tensor  # [K x D]: near 0, where FP16 is finer than near 1
     log_det: torch.Tensor  # [(V x) P]: of all that does not depend on the patch
     leading_log_det: torch.Tensor  # [V x P]: of the leading channels; empty with one variant
+    memory: torch.Tensor  # [M x D], see `PatchMemory`; empty without one, and with one all but the first two are
 
     def __init__(self, tail: float = 0.03) -> None:
         super().__init__()
         self.tail = tail
         roots = [f"root_{i}" for i in range(_ROOT_BLOCKS)]  # [(V x) P x columns to block's end x its rows]
-        for name in ("projection", "shift", *roots, *_COUPLING, "log_det", "leading_log_det"):
+        for name in ("projection", "shift", *roots, *_COUPLING, "log_det", "leading_log_det", "memory"):
             self.register_buffer(name, torch.empty(0))
 
     @torch.no_grad()
-    def load(
-        self,
-        whitening: Whitening,
-        gaussians: Sequence[PositionalGaussian],
-        flow: PatchFlow,
-        positions: torch.Tensor,
-    ) -> None:
+    def load(self, density: PatchDensity, flow: PatchFlow, positions: torch.Tensor) -> None:
         """Take over a fitted density, all of it on one device.
 
         Args:
-            whitening (Whitening): ``C`` to ``D`` channels.
-            gaussians (Sequence[PositionalGaussian]): Of the ``P`` positions, one for each variant.
+            density (PatchDensity): Of ``P`` patches.
             flow (PatchFlow): With its fitted parameters.
             positions (torch.Tensor): Position codes ``[P x 16]``.
         """
-        couplings = _fold(flow, positions)
-        folded = {name: torch.stack([coupling[name] for coupling in couplings]) for name in _COUPLING}
-        for i, (start, end) in enumerate(_blocks(flow.dimensions)):
-            folded[f"root_{i}"] = _stack([one.precision_root[:, start:end, :end].mT for one in gaussians])
-        folded["projection"] = whitening.projection
-        folded["shift"] = whitening.mean @ whitening.projection + _stack([one.mean for one in gaussians])
-        folded["log_det"] = _stack([one.log_det for one in gaussians]) + folded["log_gain"].sum()
-        folded["leading_log_det"] = torch.empty(0)
-        if len(gaussians) > 1:
-            channels = routing_channels(flow.dimensions)
-            folded["leading_log_det"] = torch.stack([one.leading(channels).log_det for one in gaussians])
+        folded = dict.fromkeys(dict(self.named_buffers()), torch.empty(0))
+        if density.memory is None:
+            folded |= _folded(density.whitening, density.gaussians, flow, positions)
+        else:
+            whitening = density.whitening
+            folded["projection"], folded["memory"] = whitening.projection, density.memory.patches
+            folded["shift"] = (whitening.mean @ whitening.projection).repeat(len(positions), 1)
         for name, value in folded.items():
             setattr(self, name, value.to(self.projection.device))
 
@@ -113,8 +105,10 @@ class PatchScorer(nn.Module):
             embeddings (torch.Tensor): ``[B x P x C]``, from the backbone.
 
         Returns:
-            torch.Tensor: ``[B x P]``, bits per dimension.
+            torch.Tensor: ``[B x P]``, bits per dimension; of a memory, distances.
         """
+        if self.memory.numel():
+            return nearest(embeddings @ self.projection - self.shift, self.memory)
         z, log_det = self._whiten(embeddings @ self.projection)
         # A share in every channel: to sums [B x P] of several images, OpenVINO 2026.4 adds a constant [P] wrongly.
         log_det = log_det.unsqueeze(-1) / z.shape[-1]
@@ -160,6 +154,23 @@ def _blocks(dimensions: int) -> list[tuple[int, int]]:
     edges = [round(i * dimensions / _ROOT_BLOCKS) for i in range(_ROOT_BLOCKS + 1)]
     edges[1] = routing_channels(dimensions)
     return list(itertools.pairwise(edges))
+
+
+def _folded(
+    whitening: Whitening, gaussians: Sequence[PositionalGaussian], flow: PatchFlow, positions: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Buffers of a density with Gaussians."""
+    couplings = _fold(flow, positions)
+    folded = {name: torch.stack([coupling[name] for coupling in couplings]) for name in _COUPLING}
+    for i, (start, end) in enumerate(_blocks(flow.dimensions)):
+        folded[f"root_{i}"] = _stack([one.precision_root[:, start:end, :end].mT for one in gaussians])
+    folded["projection"] = whitening.projection
+    folded["shift"] = whitening.mean @ whitening.projection + _stack([one.mean for one in gaussians])
+    folded["log_det"] = _stack([one.log_det for one in gaussians]) + folded["log_gain"].sum()
+    if len(gaussians) > 1:
+        channels = routing_channels(flow.dimensions)
+        folded["leading_log_det"] = torch.stack([one.leading(channels).log_det for one in gaussians])
+    return folded
 
 
 def _stack(values: list[torch.Tensor]) -> torch.Tensor:

@@ -50,7 +50,6 @@ class NearestImages:
         nearest (int): References remembered for each patch. Where all of them are rejected later, the farthest stands
             for the rest, so that a patch never scores better for it.
         on_images (Callable[[int], None]): Told how many images were done since it was last called.
-        variants (np.ndarray | None): ``[N]`` number of each image's variant, for their layouts; ``None`` if one.
         looked (np.ndarray | None): ``[rows * columns]`` mask of the places that the store has; ``None`` means all.
         rows (np.ndarray | None): ``[N]`` rows of the store of the images to compare; ``None`` compares all.
         axes (tuple[torch.Tensor, torch.Tensor] | None): Mean ``[C]`` of the patches and their principal axes
@@ -59,8 +58,6 @@ class NearestImages:
     Attributes:
         store (FeatureStore): As given.
         axes (tuple[torch.Tensor, torch.Tensor]): As above, those that were compared along.
-        layouts (np.ndarray): ``[V]`` share of the variance of the patches of each variant that their place explains,
-            in [0, 1], from its references; NaN where it has none.
     """
 
     def __init__(
@@ -72,7 +69,6 @@ class NearestImages:
         references: int = 300,
         nearest: int = 24,
         on_images: Callable[[int], None] = lambda _images: None,
-        variants: np.ndarray | None = None,
         looked: np.ndarray | None = None,
         rows: np.ndarray | None = None,
         axes: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -86,10 +82,7 @@ class NearestImages:
             sample = store.sample_patches(_SAMPLE, generator)
             axes = sample.mean(0), torch.linalg.eigh(torch.cov((sample - sample.mean(0)).T)).eigenvectors.flip(1)
         self.axes = axes[0], axes[1][:, :_DIMENSIONS].clone()
-        memory = _project(store.images(self._chosen), *self.axes)
-        variants = np.zeros(count, dtype=int) if variants is None else variants
-        own = variants[self._chosen]
-        self.layouts = np.array([_layout(memory[:, own == variant]) for variant in range(variants.max() + 1)])
+        self._memory = memory = _project(store.images(self._chosen), *self.axes)
         masks = [None if mask is None else mask.tolist() for mask in (looked, rows)]
         key = repr((store.key, count, seed, window, references, nearest, masks))
         self._lists = f"lists-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -150,9 +143,31 @@ class NearestImages:
             self._latest = asked, tail, self.store.per_image(_keep_distances, shared)
         return self._latest[2]
 
-    def share_nearest(self, group: np.ndarray) -> np.ndarray:
-        """Share of the patches of each image whose nearest image is of a group (mask ``[N]``), ``[N]``."""
-        return self.store.per_image(_share_nearest, (self._lists, group[self._chosen]))
+    def layouts(self, variants: np.ndarray) -> np.ndarray:
+        """Share of the variance of the patches of each variant that their place explains, ``[V]``, in [0, 1].
+
+        From its references; NaN where it has none.
+
+        Args:
+            variants (np.ndarray): ``[N]`` number of each image's variant.
+        """
+        own = variants[self._chosen]
+        return np.array([_layout(self._memory[:, own == variant]) for variant in range(variants.max() + 1)])
+
+    def nearest_references(self) -> np.ndarray:
+        """Share of the patches of each reference whose nearest other is each of them, ``[M x M]``."""
+        is_reference = np.zeros(len(self.store), dtype=bool)
+        is_reference[self._chosen] = True
+        return np.concatenate(self.store.map(_nearest_references, (self._lists, len(self._chosen)), is_reference))
+
+    def share_nearest(self, groups: np.ndarray) -> np.ndarray:
+        """Share of the patches of each image whose nearest image is of each group, ``[N x G]``.
+
+        Args:
+            groups (np.ndarray): ``G`` masks of the references, ``[M x G]``, or of all images, ``[N x G]``.
+        """
+        groups = groups if len(groups) == len(self._chosen) else groups[self._chosen]
+        return self.store.per_image(_share_nearest, (self._lists, groups))
 
 
 class _References(NamedTuple):
@@ -243,8 +258,17 @@ def _tails(distances: np.ndarray, tail: float) -> np.ndarray:
 
 
 def _share_nearest(shard: Shard, shared: tuple[str, np.ndarray]) -> np.ndarray:
-    name, group = shared
-    return group[shard.read(name)["reference"][:, :, 0]].mean(1)
+    name, groups = shared
+    return groups[shard.read(name)["reference"][:, :, 0]].mean(1)
+
+
+def _nearest_references(shard: Shard, shared: tuple[str, int], asked: np.ndarray) -> np.ndarray:
+    name, count = shared
+    nearest = shard.read(name)["reference"][asked, :, 0]
+    shares = np.empty((len(nearest), count))
+    for share, images in zip(shares, nearest, strict=True):
+        share[:] = np.bincount(images, minlength=count) / len(images)
+    return shares
 
 
 def _episodic(lists: np.ndarray, kept: np.ndarray, all_of_them: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -269,7 +269,7 @@ class MetaRefine(VerifiableExport, MemoryBankMixin, AnomalibModule):
         left_out = result.refinement.left_out | self._images.unreadable
         self.refinement = replace(result.refinement, left_out=left_out)
         self.left_out_scores = result.likelihood.tolist()
-        variants = len(result.density.gaussians)
+        variants = result.density.variants
         looked = self.model.looked
         self.provenance = {
             "seed": seed,

@@ -121,7 +121,7 @@ class Memory:
         store.add(paths, self.embeddings)
         if self.embeddings.nbytes <= _WHITENED_MB * 2**20:  # an update goes through them four times
             store.keep(whitened=self.whitening(store.images()).numpy())
-        return Images(store, self.whitening, self.grid, variants, looked)
+        return Images(store, self.whitening, self.grid, variants, looked, self.structure.comparable)
 
     def take(self, rows: np.ndarray) -> Memory:
         """Of some of the images only, in this order."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class MetaRefineModel(nn.Module):
-    """Scores images by the negative log-likelihood of their least likely patches.
+    """Scores images by their least likely patches.
 
     Attributes:
         ignored (np.ndarray | None): Mask of regions, see `looked_at`: what lies in them is left out from the first
@@ -84,7 +84,7 @@ class MetaRefineModel(nn.Module):
         self.flow.load_state_dict(density.flow.state_dict())
         self.flow.load_state_dict({name: value.detach() for name, value in density.parameters.items()}, strict=False)
         positions = self._looked_at(position_code(*grid).unsqueeze(0)).squeeze(0)
-        self.scorer.load(density.whitening, density.gaussians, self.flow, positions)
+        self.scorer.load(density, self.flow, positions)
 
     def forward(self, images: torch.Tensor) -> InferenceBatch:
         """Raw anomaly scores.
@@ -93,7 +93,8 @@ class MetaRefineModel(nn.Module):
             images (torch.Tensor): ``[B x 3 x H x W]``, normalised.
 
         Returns:
-            InferenceBatch: ``pred_score`` ``[B]`` and ``anomaly_map`` ``[B x 1 x H x W]``, both in bits per dimension.
+            InferenceBatch: ``pred_score`` ``[B]`` and ``anomaly_map`` ``[B x 1 x H x W]``, both in bits per dimension;
+                of a model of parts that lie anywhere, distances, see `PatchMemory`.
 
         Raises:
             RuntimeError: If the model has not been fitted.

@@ -287,7 +287,7 @@ def _take_over(
     }
     past = [*history(model), entry]
     model.provenance |= data_hashes(model.refinement, model.training_images)
-    model.provenance |= {"variants": len(fit.density.gaussians), "history": past}
+    model.provenance |= {"variants": fit.density.variants, "history": past}
     moved = sum(len(one["added"]) + len(one["forgotten"]) for one in past) / fit.memory.trained
     added = {image["sha256"] for one in past for image in one["added"]}
     forgotten = {sha256 for one in past for sha256 in one["forgotten"].values()} - added

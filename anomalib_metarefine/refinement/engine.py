@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from anomalib_metarefine.density.patch_density import new_flow
+from anomalib_metarefine.density.patch_density import new_flow, trainable
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.refinement.fitting import Images, fit_density, fit_whitening, learn_initialisation, likelihoods
 from anomalib_metarefine.refinement.learned import choose_patches
@@ -126,7 +126,7 @@ def refine_images(
     store, rule = store.fresh, get_rule(settings.rule)
     given = _given(store, settings, labels)
     neighbours, structure = _compare(store, grid, given, settings, seed, progress, looked)
-    images, flow, initial = _beginning(store, grid, structure.variants, looked, settings, seed, progress, start, log)
+    images, flow, initial = _beginning(store, grid, structure, looked, settings, seed, progress, start, log)
     score = _Scorer(images, flow, initial, neighbours, structure, settings, seed, answers or {})
     task = progress.add_task("refinement", total=settings.rounds + 1)
 
@@ -174,15 +174,17 @@ def scored(
     Returns:
         Scored: As a rule sees it.
     """
-    parts = {} if likelihood is None else {"likelihood": likelihood}
-    if distances is None:
-        return Scored(hybrid(parts, {"likelihood": 1.0}, kept), kept=kept, parts=parts)
+    parts = {} if likelihood is None else {"likelihood" if images.aligned else "memory": likelihood}
+    if distances is not None:
+        keep_deviations(images, kept, structure.variants)
+    if distances is None or not images.aligned:  # place by place, images are not or can't be compared
+        total = hybrid(parts, dict.fromkeys(parts, 1.0), kept)
+        return Scored(total, kept=kept, comparable=structure.comparable, parts=parts)
     if settings.neighbour_weight > 0:
         parts["neighbours"] = distances
     weights = {"likelihood": settings.likelihood_weight, "neighbours": settings.neighbour_weight}
     variants, comparable = structure.variants, structure.comparable
     scores = hybrid(parts, weights, kept, variants)
-    keep_deviations(images, kept, variants)
     if settings.likeness_weight == 0 or len(scores) < FEWEST_IMAGES:
         return Scored(scores, None, kept, comparable, parts=parts)
     # All of it orders the images; distance and likeness alone reject them, see `Scales`.
@@ -211,7 +213,7 @@ class _Scorer:
     def __call__(self, kept: np.ndarray) -> Scored:
         """Fit on the images of a mask ``[N]``, score all."""
         likelihood = distances = None
-        if self.neighbours is None or self.settings.likelihood_weight > 0:
+        if self.neighbours is None or self.settings.likelihood_weight > 0 or not self.images.aligned:
             density = fit_density(self.images, kept, None, self.flow, self.initial, self.settings, self.seed)
             likelihood = likelihoods(self.images, density, kept)
         if self.neighbours is not None:
@@ -233,7 +235,7 @@ def _given(store: FeatureStore, settings: Settings, labels: Sequence[str] | None
 def _beginning(
     store: FeatureStore,
     grid: tuple[int, int],
-    variants: np.ndarray,
+    structure: Structure,
     looked: np.ndarray | None,
     settings: Settings,
     seed: int,
@@ -241,11 +243,14 @@ def _beginning(
     start: tuple[Whitening, PatchFlow, Parameters] | None,
     log: Callable[[dict[str, float], int], None],
 ) -> tuple[Images, PatchFlow, Parameters]:
+    variants, aligned = structure.variants, structure.comparable
     if start is not None:
         whitening, flow, initial = start
-        return Images(store, whitening, grid, variants, looked), flow, initial
+        return Images(store, whitening, grid, variants, looked, aligned), flow, initial
     flow = new_flow(store.shape[1], settings.dimensions, settings.blocks, settings.hidden, seed_for(seed, "flow"))
-    images = Images(store, fit_whitening([store], flow.dimensions, seed), grid, variants, looked)
+    images = Images(store, fit_whitening([store], flow.dimensions, seed), grid, variants, looked, aligned)
+    if not aligned:  # the density will be a memory, without a flow
+        return images, flow, trainable(flow)
     return images, flow, learn_initialisation([images], flow, settings, seed, progress, log)
 
 
@@ -262,7 +267,8 @@ def _compare(
     count = len(store)
     if settings.rounds == 0:
         variants, names = given or GivenVariants(np.zeros(count, dtype=int), ())
-        return None, Structure("aligned", float("nan"), float("nan"), variants, names)
+        kind = "aligned" if settings.structure == "auto" else settings.structure
+        return None, Structure(kind, float("nan"), float("nan"), variants, names)
     task = progress.add_task("comparing images", total=count)
     neighbours = NearestImages(
         store,
@@ -272,7 +278,6 @@ def _compare(
         settings.references,
         on_images=lambda done: progress.update(task, advance=done),
         looked=looked,
-        variants=given.numbers if given else None,
     )
     structure = find_structure(
         neighbours,

@@ -22,6 +22,7 @@ from anomalib_metarefine.density.patch_density import (
     held_out,
     trainable,
 )
+from anomalib_metarefine.density.patch_memory import PatchMemory
 from anomalib_metarefine.features.embedding import Whitening, image_score
 from anomalib_metarefine.meta.episodes import Category, draw_patches
 from anomalib_metarefine.meta.maml import get_learner
@@ -56,6 +57,7 @@ class Images:
         variants (np.ndarray | None): ``[N]`` number of each image's variant; ``None`` if there is one.
         looked (np.ndarray | None): ``[rows * columns]`` mask of the places that are not ignored, of which the store
             has the ``P`` patches; ``None`` means all.
+        aligned (bool): Whether places say something; if not, the density is a memory of patches.
     """
 
     store: FeatureStore
@@ -63,6 +65,7 @@ class Images:
     grid: tuple[int, int]
     variants: np.ndarray | None = None
     looked: np.ndarray | None = None
+    aligned: bool = True
 
     @property
     def positions(self) -> torch.Tensor:
@@ -146,7 +149,7 @@ def fit_density(
     settings: Settings,
     seed: int,
 ) -> PatchDensity:
-    """Gaussians from scratch and the flow from ``initial``: what is left out leaves no trace.
+    """Gaussians from scratch and the flow from ``initial``, or a memory: what is left out leaves no trace.
 
     Args:
         images (Images): All images.
@@ -157,6 +160,9 @@ def fit_density(
         settings (Settings): See `MetaRefine`.
         seed (int): Of the patches drawn.
     """
+    if not images.aligned:
+        memory = fit_memory(images, kept, learned, seed)
+        return PatchDensity(images.whitening, (), flow, initial, settings.tail, memory)
     groups = images.groups(kept)
     gaussians = tuple(
         fit_gaussian(images, kept & (groups == group), learned, settings.shrinkage) for group in range(groups.max() + 1)
@@ -174,6 +180,16 @@ def fit_density(
     return PatchDensity(images.whitening, gaussians, flow, parameters, settings.tail)
 
 
+def fit_memory(images: Images, kept: np.ndarray, learned: str | None, seed: int) -> PatchMemory:
+    """Patches of up to 384 of the kept images (``[N]`` mask), of those to learn from."""
+    generator = torch.Generator().manual_seed(seed_for(seed, "memory"))
+    rows = _pool_rows(kept, generator)
+    patches = torch.cat([chunk for _, chunk in images.chunks(rows)])
+    numbers = torch.from_numpy(rows)[:, None].expand(patches.shape[:2])
+    mask = torch.from_numpy(images.store.read(learned, rows)) if learned else torch.ones(patches.shape[:2]).bool()
+    return PatchMemory.fit(patches[mask], numbers[mask], generator)
+
+
 def fit_gaussian(images: Images, kept: np.ndarray, learned: str | None, shrinkage: float) -> PositionalGaussian:
     """Positional whitening of the kept images (``[N]`` mask), of the patches to learn from.
 
@@ -188,11 +204,11 @@ def fit_gaussian(images: Images, kept: np.ndarray, learned: str | None, shrinkag
 def likelihoods(
     images: Images, density: PatchDensity, kept: np.ndarray, learned: str | None = None, keep: str = ""
 ) -> np.ndarray:
-    """Scores of all images under a density, ``[N]``, in bits per dimension, those it was fitted on as if left out.
+    """Scores of all images under a density, ``[N]``, see `PatchDensity`, those it was fitted on as if left out.
 
     Shards keep those of the patches, ``[n x P]``, if ``keep`` gives them a name.
     """
-    fitted = np.where(kept, images.groups(kept), -1)
+    fitted = np.where(kept, images.groups(kept) if images.aligned else np.arange(len(kept)), -1)
     return images.store.per_image(_likelihoods, (density, images.positions, learned, keep), fitted)
 
 

@@ -110,8 +110,9 @@ def test_tells_images_that_lie_alike_from_those_that_do_not():
     alike.add([str(i) for i in range(30)], part + noise)
     rolled = [torch.roll(part, i, 0) for i in range(30)]  # the same patches, at another place in every image
     anywhere.add([str(i) for i in range(30)], torch.stack(rolled) + noise)
-    assert compare(alike).layouts[0] > 0.95
-    assert compare(anywhere).layouts[0] < 0.2
+    one = np.zeros(30, dtype=int)
+    assert compare(alike).layouts(one)[0] > 0.95
+    assert compare(anywhere).layouts(one)[0] < 0.2
 
 
 def test_the_same_references_for_the_same_seed():
@@ -143,3 +144,17 @@ def test_ignored_places_are_compared_with_nothing(window):
         nearest = found.images[i, row][:5].tolist()
         assert nearest == sorted(expected, key=expected.get)
         assert found.distances[i, row, 0] == pytest.approx(expected[nearest[0]], rel=2e-3)
+
+
+def test_shares_of_the_patches_whose_nearest_image_is_of_a_group():
+    found = compare(store(40), references=10)
+    nearest = found.nearest_references()
+    assert nearest.shape == (10, 10)
+    np.testing.assert_allclose(nearest.sum(1), 1)
+    assert not nearest.diagonal().any()
+    groups = np.arange(10)[:, None] == np.arange(10)
+    shares = found.share_nearest(groups)
+    assert shares.shape == (40, 10)
+    np.testing.assert_allclose(shares[np.unique(found.images)], nearest)
+    everyone = np.ones((40, 1), dtype=bool)
+    np.testing.assert_array_equal(found.share_nearest(everyone), 1)
