@@ -96,8 +96,9 @@ def examine(family: Family, folder: Folder, seed: int, **settings: object) -> di
     labels = family.dirty[folder.test]
     trained = {"refined": result}
     if "rule" not in settings:
-        trained["raw"] = refined(family, folder.drawn, seed, rounds=0)
-        trained["clean"] = refined(family, folder.drawn[~dirty], seed, rounds=0)
+        alike = {"rounds": 0, "structure": structure.kind}
+        trained["raw"] = refined(family, folder.drawn, seed, **alike)
+        trained["clean"] = refined(family, folder.drawn[~dirty], seed, **alike)
     for name in ("raw", "refined", "clean"):
         known = name in trained and 0 < labels.sum() < len(labels)
         row[f"AUROC_{name}"] = _auroc(trained[name], family, folder.test) if known else float("nan")

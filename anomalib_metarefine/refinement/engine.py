@@ -137,7 +137,7 @@ def refine_images(
 
     rounds = run_rounds(score, len(store), rule, settings.rounds, answers, report)
     choose_patches(images, structure, rounds.kept, settings, neighbours is not None)
-    density = fit_density(images, rounds.kept, "learned", flow, initial, settings, seed)
+    density = score.fit(rounds.kept, "learned")
     likelihood = likelihoods(images, density, rounds.kept, "learned", keep="maps")
     progress.update(task, completed=settings.rounds + 1)
     left_out = 1 - sum(store.map(_learned, None, rounds.kept)) / (rounds.kept.sum() * len(images.positions))
@@ -209,13 +209,23 @@ class _Scorer:
     settings: Settings
     seed: int
     answers: Mapping[int, bool]
+    memories: dict[bytes, PatchDensity] = field(default_factory=dict)
+
+    def fit(self, kept: np.ndarray, learned: str | None = None) -> PatchDensity:
+        """Fit on the images of a mask ``[N]``; see `fit_density`."""
+        asked = kept.tobytes()
+        if asked in self.memories:
+            return self.memories[asked]
+        density = fit_density(self.images, kept, learned, self.flow, self.initial, self.settings, self.seed)
+        if density.memory is not None:  # takes seconds, and leaves no patches out: the last round's is the final one
+            self.memories[asked] = density
+        return density
 
     def __call__(self, kept: np.ndarray) -> Scored:
         """Fit on the images of a mask ``[N]``, score all."""
         likelihood = distances = None
         if self.neighbours is None or self.settings.likelihood_weight > 0 or not self.images.aligned:
-            density = fit_density(self.images, kept, None, self.flow, self.initial, self.settings, self.seed)
-            likelihood = likelihoods(self.images, density, kept)
+            likelihood = likelihoods(self.images, self.fit(kept), kept)
         if self.neighbours is not None:
             distances = self.neighbours.keep_distances(kept, self.settings.neighbour_tail)
         return scored(self.images, likelihood, distances, kept, self.structure, self.settings, self.answers)
