@@ -136,7 +136,7 @@ class Structure:
             text = "One aligned product"
         names = self.names or [f"variant {number}" for number in range(len(self.kinds))]
         others = [f"{name}: {_SAID[kind]}" for name, kind in zip(names, self.kinds, strict=False) if kind in _SAID]
-        judged = f" No image of these is judged: {listing(others, limit=8)}." if others else ""
+        judged = f" No image of these is judged, train them apart: {listing(others, limit=8)}." if others else ""
         return f"{text} ({evidence}).{judged}"
 
     def _listing(self) -> str:
