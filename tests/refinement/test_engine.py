@@ -226,6 +226,41 @@ def test_images_of_a_variant_that_cannot_be_compared_are_not_judged():
     assert usual(found)[100:].all()
 
 
+def anywhere(count: int, odd: int) -> torch.Tensor:
+    """The same part in every image, at a place of its own; in each of the first ``odd`` it has a look of its own."""
+    generator = torch.Generator().manual_seed(0)
+    images = 0.3 * torch.randn(count, PLACES, CHANNELS, generator=generator)
+    look = 6 * torch.randn(2, CHANNELS, generator=generator)
+    for number, image in enumerate(images):
+        corner = int(torch.randint(PLACES - 8, (), generator=generator))
+        image[corner : corner + 4] += look[0]
+        image[corner + 4 : corner + 6] += 6 * torch.randn(CHANNELS, generator=generator) if number < odd else look[1]
+    return images
+
+
+def test_parts_that_lie_anywhere_are_scored_by_a_memory():
+    images = anywhere(60, odd=5)
+    found = refined(images)
+    assert not found.structure.comparable
+    assert list(found.scales.parts) == ["memory"]
+    assert found.kept.all()
+    assert set(np.argsort(-found.scales.scores)[:5]) == set(range(5))
+    np.testing.assert_allclose(
+        found.likelihood, found.scales.parts["memory"]
+    )  # the last round's memory is the final one
+    whitened, positions = found.images.whitening(images[:1]), found.images.positions
+    assert maps(found)[0].max() > 3 * found.density.score(whitened, positions).max()  # which has the image itself
+    assert refined(images, structure="aligned").density.memory is None
+
+
+def test_what_is_rejected_is_not_in_the_memory():
+    found = refined(anywhere(60, odd=5), answers={0: False, 7: True})
+    assert not found.kept[0]
+    remembered = set(found.density.memory.images.tolist())
+    assert 0 not in remembered
+    assert 7 in remembered
+
+
 def test_what_lies_in_ignored_places_changes_nothing():
     looked = np.ones(PLACES, dtype=bool)
     looked[:6] = looked[11] = False
