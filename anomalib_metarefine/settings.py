@@ -96,8 +96,8 @@ class Settings:
     structure: Literal["auto", "aligned", "anywhere", "unlike"] = _setting(
         "auto",
         "refinement",
-        "what kind of folder it is: parts that lie alike, parts that lie anywhere, or images that share too little; but "
-        "for the first, the density is a memory of patches",
+        "what kind of folder it is: parts that lie alike, parts that lie anywhere, or images that share too little; "
+        "but for the first, the density is a memory of patches",
     )
     variants: Literal["auto", "off", "folders", "column"] = _setting(
         "auto",

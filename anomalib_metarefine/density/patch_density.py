@@ -53,8 +53,8 @@ class PatchDensity(NamedTuple):
         Args:
             whitened (torch.Tensor): ``[n x P x D]``, globally whitened.
             positions (torch.Tensor): ``[P x 16]``.
-            fitted (torch.Tensor | None): ``[n x P]`` number of the Gaussian that each patch was fitted on, with a memory
-                of the image; -1 for none. ``None`` if the images are new.
+            fitted (torch.Tensor | None): ``[n x P]`` number of the Gaussian that each patch was fitted on, with a
+                memory of the image; -1 for none. ``None`` if the images are new.
 
         Returns:
             torch.Tensor: ``[n x P]``.

@@ -167,8 +167,8 @@ def explain(model: AnomalibModule, path: str | Path) -> Explanation:
     )  # fmt: skip
     counted = np.zeros(bits.shape[1], dtype=bool)
     counted[bits[0].topk(tail).indices.numpy()] = True
-    labels, count = ndimage.label(images.on_grid(counted[None], False)[0], np.ones((3, 3)))
-    heat = images.on_grid(bits.numpy(), float(bits.min()))[0]
+    labels, count = ndimage.label(images.places.on_grid(counted[None], False)[0], np.ones((3, 3)))
+    heat = images.places.on_grid(bits.numpy(), float(bits.min()))[0]
     looked = slice(None) if images.looked is None else images.looked
     shares = ndimage.sum_labels(heat, labels, range(1, count + 1)) / heat[labels > 0].sum()
     worst = 1 + np.argsort(-shares, kind="stable")

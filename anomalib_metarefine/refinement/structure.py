@@ -243,7 +243,7 @@ def find_structure(
             if not kinds or kinds[product] == "aligned":
                 small = _minority(neighbours, variants == product, tail)
                 variants = np.where(small, variants.max() + 1, variants)
-        kinds += ("aligned",) * (variants.max() + 1 - len(kinds) if kinds else 0)
+                kinds = (*kinds, "aligned") if kinds and small.any() else kinds
     return Structure(whole, layout, reliability, variants, names, kinds)
 
 
