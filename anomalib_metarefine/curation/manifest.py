@@ -147,7 +147,8 @@ class Manifest:
         """What came out, in a sentence."""
         rejected, review, total = self.counts["reject"], self.counts["review"], len(self.table)
         text = f"{rejected} of {total} images ({_percent(rejected / total)}) {'was' if rejected == 1 else 'were'} "
-        return text + f"rejected, {review} {'needs' if review == 1 else 'need'} your eyes."
+        doubtful = f", and {review} more {'is' if review == 1 else 'are'} doubtful" if review else ""
+        return f"{text}rejected{doubtful}."
 
     @property
     def verdict(self) -> str:
