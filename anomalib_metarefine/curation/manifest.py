@@ -126,11 +126,6 @@ class Manifest:
         """Rejected images, worst first; unreadable ones last."""
         return self.paths(self.rows("reject"))
 
-    @property
-    def doubtful(self) -> list[Path]:
-        """Images for a person to look at, worst first."""
-        return self.paths(self.rows("review"))
-
     def rows(self, decision: str) -> pd.DataFrame:
         """Rows of one decision: kept by path, the others worst first."""
         rows = self.table[self.table.decision == decision]

@@ -220,7 +220,7 @@ def test_orders_by_what_a_person_looks_at_first(files):
         q_value=[0.5, np.nan, 0.9, 0.1, 0.9, 0.5],  # it does not follow the score where a folder has variants
     )
     assert [path.name for path in manifest.rejected] == ["2.png", "0.png", "1.png"]
-    assert [path.name for path in manifest.doubtful] == ["4.png", "5.png", "3.png"]
+    assert [path.name for path in manifest.paths(manifest.rows("review"))] == ["4.png", "5.png", "3.png"]
     assert manifest.kept == []
     assert manifest.rejected[0] == files / "left" / "2.png"
 
