@@ -71,7 +71,7 @@ class TestCurate:
         defaults |= {"gpus_per_worker": 0, "work": None}
         assert asked == [(str(root), defaults)]
         told = capsys.readouterr().out
-        assert "2 of 6 images (33.3 %) were rejected, 2 need your eyes." in told
+        assert "2 of 6 images (33.3 %) were rejected, and 2 more are doubtful." in told
         assert "In 1 image some places look unusual. To have them replaced, in copies:\n  metarefine apply " in told
         assert f"{tmp_path / 'out'}: manifest.csv, run.json" in told
         said = tmp_path / "d.csv"
@@ -169,7 +169,7 @@ class TestReview:
         assert main(["review", str(out), "--decisions", str(out / "to_review.csv")]) == 0
         told = capsys.readouterr().out
         assert "Taken over: 1 keep, 0 reject; remembered in " in told
-        assert "2 of 6 images (33.3 %) were rejected, 1 needs your eyes." in told
+        assert "2 of 6 images (33.3 %) were rejected, and 1 more is doubtful." in told
         table = Manifest.read(out).table.set_index("image_path")
         assert table.loc["right/4.png", ["decision", "decided_by"]].tolist() == ["keep", "user"]
         assert (out / "decisions.csv").read_text().count("right/4.png,") == 1

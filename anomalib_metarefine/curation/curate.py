@@ -271,7 +271,7 @@ def _reason(row: Any, rank: int, count: int) -> str:  # noqa: ANN401
         return f"Unusual, and in the way in which other images are; {place}."
     if row.decision == "review":
         return f"Unusual, but not clearly a defect: have a look; {place}."
-    return f"Usual; {place}."
+    return f"Kept; {place}."
 
 
 def _to_show(table: pd.DataFrame) -> np.ndarray:

@@ -126,11 +126,6 @@ class Manifest:
         """Rejected images, worst first; unreadable ones last."""
         return self.paths(self.rows("reject"))
 
-    @property
-    def doubtful(self) -> list[Path]:
-        """Images for a person to look at, worst first."""
-        return self.paths(self.rows("review"))
-
     def rows(self, decision: str) -> pd.DataFrame:
         """Rows of one decision: kept by path, the others worst first."""
         rows = self.table[self.table.decision == decision]
@@ -147,7 +142,8 @@ class Manifest:
         """What came out, in a sentence."""
         rejected, review, total = self.counts["reject"], self.counts["review"], len(self.table)
         text = f"{rejected} of {total} images ({_percent(rejected / total)}) {'was' if rejected == 1 else 'were'} "
-        return text + f"rejected, {review} {'needs' if review == 1 else 'need'} your eyes."
+        doubtful = f", and {review} more {'is' if review == 1 else 'are'} doubtful" if review else ""
+        return f"{text}rejected{doubtful}."
 
     @property
     def verdict(self) -> str:

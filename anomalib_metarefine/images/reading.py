@@ -151,9 +151,10 @@ def read_bytes(path: str | Path) -> bytes:
         UnreadableImageError: If it is no regular file, or larger than `LARGEST_FILE`.
     """
     with open(path, "rb", opener=_open_without_waiting) as file:  # `Path.open` takes no opener
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise UnreadableImageError(str(path), "it is no regular file, but a device or a pipe")
-        content = file.read(LARGEST_FILE + 1)
+        content = file.read(min(status.st_size, LARGEST_FILE) + 1)  # Python sets aside as much as is asked for
     if len(content) > LARGEST_FILE:
         raise UnreadableImageError(str(path), f"it is larger than {LARGEST_FILE / 2**20:g} MiB")
     return content

@@ -127,7 +127,8 @@ def verify_deployment(
     differences, different = _compare(wanted, found, graph)
     problems += [*_other_metadata(detector.sidecar, expected), *different, *_other_path(answers)]
     if different:
-        problems += _explain(loaded, paths[0], found.image[0])
+        worst = int(np.nan_to_num(np.abs(found.image - wanted.image)).argmax())
+        problems += _explain(loaded, paths[worst], found.image[worst])
     differ = _decided_differently(wanted.image, answers.detector, expected, TOLERANCES[graph.precision])
     if differ.any():
         problems.append(f"{differ.sum()} images are decided differently, further from a limit than precision allows")

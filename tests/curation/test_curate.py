@@ -48,6 +48,7 @@ def test_finds_the_dirty_images_and_says_why(dirty):
     assert (rejected.likeness > 3).all()
     assert rejected.reason.str.contains("Unusual, and in the way in which other images are; score ").all()
     assert (table.score[table.decision == "keep"] < rejected.score.min()).all()
+    assert table.reason[table.decision == "keep"].str.startswith("Kept; score ").all()  # the highest is not "usual"
     assert {"score_likelihood", "score_neighbours", "score_round_1"} <= set(table)
     assert set(table.variant) == {0}
     assert manifest.root == dirty

@@ -220,13 +220,13 @@ def test_orders_by_what_a_person_looks_at_first(files):
         q_value=[0.5, np.nan, 0.9, 0.1, 0.9, 0.5],  # it does not follow the score where a folder has variants
     )
     assert [path.name for path in manifest.rejected] == ["2.png", "0.png", "1.png"]
-    assert [path.name for path in manifest.doubtful] == ["4.png", "5.png", "3.png"]
+    assert [path.name for path in manifest.paths(manifest.rows("review"))] == ["4.png", "5.png", "3.png"]
     assert manifest.kept == []
     assert manifest.rejected[0] == files / "left" / "2.png"
 
 
 def test_verdict_says_what_came_out_what_folder_it_is_and_what_to_do(manifest):
-    assert manifest.headline == "2 of 6 images (33.3 %) were rejected, 2 need your eyes."
+    assert manifest.headline == "2 of 6 images (33.3 %) were rejected, and 2 more are doubtful."
     assert manifest.verdict == (
         f"{manifest.headline} Look at the 6 highest scores first: about 1 minute. "
         "How many dirty images there are can't be said before somebody has looked."
@@ -241,7 +241,9 @@ def test_verdict_says_what_came_out_what_folder_it_is_and_what_to_do(manifest):
 def test_headline_of_one_image(files):
     decisions = dict.fromkeys(DECISIONS, "keep") | {"left/0.png": "reject", "left/1.png": "review"}
     manifest = make_manifest(files, decisions)
-    assert manifest.headline == "1 of 6 images (16.7 %) was rejected, 1 needs your eyes."
+    assert manifest.headline == "1 of 6 images (16.7 %) was rejected, and 1 more is doubtful."
+    nothing = make_manifest(files, dict.fromkeys(DECISIONS, "keep"))
+    assert nothing.headline == "0 of 6 images (0 %) were rejected."  # and "look at the highest scores first" follows
 
 
 @pytest.mark.parametrize(("rejected", "first", "minutes"), [(0, 40, "1 minute."), (100, 100, "3 minutes.")])

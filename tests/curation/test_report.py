@@ -44,7 +44,7 @@ def written(tmp_path, **settings) -> Page:
 
 def test_says_what_was_found(tmp_path):
     page = written(tmp_path, quality={"good/00001.png": "blurred; near duplicate of good/00002.png"})
-    assert "4 of 13 images (30.8 %) were rejected, 3 need your eyes." in page.text
+    assert "4 of 13 images (30.8 %) were rejected, and 3 more are doubtful." in page.text
     assert "Photographs of one kind of part." in page.text
     assert "the kept set no longer changed" in page.text
     assert "Histogram of 13 image scores" in page.text

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -205,6 +206,18 @@ def test_no_more_than_a_stated_number_of_bytes_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "LARGEST_FILE", path.stat().st_size - 1)
     with pytest.raises(UnreadableImageError, match="it is larger than"):
         read_image(path)
+
+
+def test_memory_is_asked_for_by_the_size_of_the_file(tmp_path):
+    """It was the largest size allowed, 1 GiB, for each of eight files read at once."""
+    path = tmp_path / "small.png"
+    path.write_bytes(bytes(1000))
+    tracemalloc.start()
+    try:
+        assert len(reading.read_bytes(path)) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_hash_and_pixels_are_of_the_same_bytes():

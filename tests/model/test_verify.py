@@ -133,6 +133,21 @@ def test_another_models_files_with_new_hashes(trained, paths, tmp_path):
     assert any("image scores differ" in problem for problem in found.problems)
 
 
+def test_no_resize_is_blamed_because_one_image_agrees(trained, paths, tmp_path, monkeypatch):
+    """The first image alone was asked whether another resize explains what differs."""
+    real, asked = raw_scores(trained.model, paths), []
+
+    def scores(model, some):
+        found = real if len(some) > 1 else real._replace(image=real.image[[paths.index(path) for path in some]])
+        asked.append(some)
+        return found._replace(image=found.image + (np.arange(len(found.image)) == 2) * (len(some) > 1))
+
+    monkeypatch.setattr("anomalib_metarefine.model.verify.raw_scores", scores)
+    found = verify_deployment(trained.folder, trained.checkpoint, paths, runs=1)
+    assert any("image scores differ" in problem for problem in found.problems)
+    assert asked[1:] == [[paths[2]]]
+
+
 @pytest.fixture(scope="module")
 def far(trained, tmp_path_factory):
     """The deployed model with limits so far off that all its scores are clamped to 0."""

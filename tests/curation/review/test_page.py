@@ -259,7 +259,12 @@ def test_finish_by_keyboard(tmp_path, serve, tab):
     page = tab(serve(folder).address)
     page.keyboard.press("r")
     settled(page, 1)
+    held = []
+    page.route("**/do/finish", lambda route: held.append(route))  # noqa: PLW0108  (a method has no signature to ask)
     page.keyboard.press("e")
+    page.get_by_text("One moment: manifest and report are being written.").wait_for()
+    assert not page.is_visible("#commands")
+    held.pop().continue_()
     page.wait_for_selector("#commands:visible")
     train, apply = page.inner_text("#commands").splitlines()
     assert train.startswith("metarefine train --curation ")

@@ -175,11 +175,14 @@
   }
 
   async function finish() {
+    $("said").textContent = "One moment: manifest and report are being written.";
+    $("next").hidden = true;
+    $("done").showModal();
     const state = await post("finish", {});
+    $("next").hidden = false;
     $("said").textContent = state.verdict;
     $("written").textContent = state.written.join(", ");
     $("commands").textContent = state.commands.join("\n");
-    $("done").showModal();
   }
 
   async function all() {
