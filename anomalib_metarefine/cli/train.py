@@ -63,7 +63,7 @@ def _train(options: argparse.Namespace) -> int:
     if run.passed:
         print(f"Next: {command_line('metarefine', 'watch', model, 'FOLDER', '--out', 'RESULTS.jsonl')}")
     else:
-        print("FAILED: the exported model does not decide like the checkpoint.")
+        print(f"FAILED: {'; '.join(run.steps['verify'].figures['problems'])}.")
     return 0 if run.passed else 1
 
 
@@ -114,7 +114,7 @@ TRAIN = {
         "Curates, trains on what is kept, calibrates, exports and verifies, for MetaRefine or any other model of "
         "anomalib. Each step leaves its result in DIR; called again, it goes on where it stopped. To review in "
         "between: metarefine curate, metarefine review, metarefine train --curation. Exit code 1 if the exported model "
-        "does not decide like its checkpoint.",
+        "does not decide like its checkpoint, or finds not one of the labelled defects.",
         _train_arguments,
         _train,
     ),

@@ -119,7 +119,7 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        """Whether the exported model decides like its checkpoint."""
+        """Whether verification found no problem."""
         return not self.steps["verify"].figures["problems"]
 
     def _remember(self) -> None:
