@@ -57,6 +57,7 @@ class NearestImages:
 
     Attributes:
         store (FeatureStore): As given.
+        chosen (np.ndarray): ``[M]`` rows of the references.
         axes (tuple[torch.Tensor, torch.Tensor]): As above, those that were compared along.
     """
 
@@ -77,22 +78,22 @@ class NearestImages:
         self._latest: tuple[bytes, float, np.ndarray] | None = None
         generator = torch.Generator().manual_seed(seed)
         count = len(store)
-        self._chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
+        self.chosen = torch.randperm(count, generator=generator)[:references].sort().values.numpy()
         if axes is None:
             sample = store.sample_patches(_SAMPLE, generator)
             axes = sample.mean(0), torch.linalg.eigh(torch.cov((sample - sample.mean(0)).T)).eigenvectors.flip(1)
         self.axes = axes[0], axes[1][:, :_DIMENSIONS].clone()
-        self._memory = memory = _project(store.images(self._chosen), *self.axes)
+        self._memory = memory = _project(store.images(self.chosen), *self.axes)
         masks = [None if mask is None else mask.tolist() for mask in (looked, rows)]
         key = repr((store.key, count, seed, window, references, nearest, masks))
         self._lists = f"lists-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-        self._remembers_all = nearest >= len(self._chosen)
+        self._remembers_all = nearest >= len(self.chosen)
         asked = np.ones(count, dtype=bool)
         if rows is not None:
             asked[:] = False
             asked[rows] = True
         number = np.full(count, -1)  # of the reference that an image is
-        number[self._chosen] = np.arange(len(self._chosen))
+        number[self.chosen] = np.arange(len(self.chosen))
         norms = memory.square().sum(-1)
         against = _References(self._lists, *self.axes, memory, norms, grid, window, nearest, looked)
         store.map(_compare, against, number, asked, on_images=on_images)
@@ -105,7 +106,7 @@ class NearestImages:
     @property
     def images(self) -> np.ndarray:
         """``[N x P x K]`` rows of the store."""
-        return self._chosen[self.store.read(self._lists)["reference"]]
+        return self.chosen[self.store.read(self._lists)["reference"]]
 
     def episodic(self, kept: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Distance of every patch to the nearest like it in a random half of the other images of a set.
@@ -120,7 +121,7 @@ class NearestImages:
             tuple[torch.Tensor, torch.Tensor]: Mean and standard deviation, ``[N x P]`` each; zero where there is no
                 other image at all. For few images: elsewhere, see `keep_distances`.
         """
-        parts = self.store.map(_episodic_of_shard, (self._lists, kept[self._chosen], self._remembers_all))
+        parts = self.store.map(_episodic_of_shard, (self._lists, kept[self.chosen], self._remembers_all))
         mean, deviation = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
         return mean, deviation
 
@@ -131,43 +132,35 @@ class NearestImages:
             sets (Sequence[np.ndarray]): ``S`` masks ``[N]`` of the images that support sets are drawn from.
             tail (float): Share of the patches that count.
         """
-        kept = np.array([one[self._chosen] for one in sets])
+        kept = np.array([one[self.chosen] for one in sets])
         return self.store.per_image(_image_distances, (self._lists, kept, self._remembers_all, tail)).T
 
     def keep_distances(self, kept: np.ndarray, tail: float) -> np.ndarray:
         """The same of one set, ``[N]``; the shards keep what it comes from as ``distances``, ``[N x P]``."""
         # Structure and first round ask the same, and so do the last round and what follows it.
-        asked = kept[self._chosen].tobytes()
+        asked = kept[self.chosen].tobytes()
         if self._latest is None or self._latest[:2] != (asked, tail):
-            shared = self._lists, kept[self._chosen], self._remembers_all, tail
+            shared = self._lists, kept[self.chosen], self._remembers_all, tail
             self._latest = asked, tail, self.store.per_image(_keep_distances, shared)
         return self._latest[2]
 
     def layouts(self, variants: np.ndarray) -> np.ndarray:
         """Share of the variance of the patches of each variant that their place explains, ``[V]``, in [0, 1].
 
-        From its references; NaN where it has none.
-
-        Args:
-            variants (np.ndarray): ``[N]`` number of each image's variant.
+        From its references; NaN where it has none. Variants are given by their number, ``[N]``.
         """
-        own = variants[self._chosen]
+        own = variants[self.chosen]
         return np.array([_layout(self._memory[:, own == variant]) for variant in range(variants.max() + 1)])
 
     def nearest_references(self) -> np.ndarray:
         """Share of the patches of each reference whose nearest other is each of them, ``[M x M]``."""
         is_reference = np.zeros(len(self.store), dtype=bool)
-        is_reference[self._chosen] = True
-        return np.concatenate(self.store.map(_nearest_references, (self._lists, len(self._chosen)), is_reference))
+        is_reference[self.chosen] = True
+        return np.concatenate(self.store.map(_nearest_references, (self._lists, len(self.chosen)), is_reference))
 
     def share_nearest(self, groups: np.ndarray) -> np.ndarray:
-        """Share of the patches of each image whose nearest image is of each group, ``[N x G]``.
-
-        Args:
-            groups (np.ndarray): ``G`` masks of the references, ``[M x G]``, or of all images, ``[N x G]``.
-        """
-        groups = groups if len(groups) == len(self._chosen) else groups[self._chosen]
-        return self.store.per_image(_share_nearest, (self._lists, groups))
+        """Share of the patches of each image whose nearest image is of each group, masks ``[N x G]``: ``[N x G]``."""
+        return self.store.per_image(_share_nearest, (self._lists, groups[self.chosen]))
 
 
 class _References(NamedTuple):

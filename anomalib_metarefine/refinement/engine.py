@@ -21,13 +21,8 @@ from anomalib_metarefine.refinement.rounds import Refinement, Round, record, run
 from anomalib_metarefine.refinement.rules import get_rule
 from anomalib_metarefine.refinement.scales import Scales
 from anomalib_metarefine.refinement.scores import hybrid, standardised
-from anomalib_metarefine.refinement.structure import (
-    GivenVariants,
-    Structure,
-    find_structure,
-    folder_names,
-    given_variants,
-)
+from anomalib_metarefine.refinement.structure import Structure, find_structure
+from anomalib_metarefine.refinement.variants import GivenVariants, folder_names, given_variants
 from anomalib_metarefine.settings import Settings, seed_for
 
 if TYPE_CHECKING:

@@ -152,9 +152,9 @@ def test_shares_of_the_patches_whose_nearest_image_is_of_a_group():
     assert nearest.shape == (10, 10)
     np.testing.assert_allclose(nearest.sum(1), 1)
     assert not nearest.diagonal().any()
-    groups = np.arange(10)[:, None] == np.arange(10)
+    groups = np.arange(40)[:, None] == found.chosen
     shares = found.share_nearest(groups)
     assert shares.shape == (40, 10)
-    np.testing.assert_allclose(shares[np.unique(found.images)], nearest)
+    np.testing.assert_allclose(shares[found.chosen], nearest)
     everyone = np.ones((40, 1), dtype=bool)
     np.testing.assert_array_equal(found.share_nearest(everyone), 1)

@@ -4,7 +4,8 @@ import torch
 
 from anomalib_metarefine.features.neighbours import NearestImages
 from anomalib_metarefine.features.store import FeatureStore
-from anomalib_metarefine.refinement.structure import Structure, find_structure, folder_names, given_variants
+from anomalib_metarefine.refinement.structure import Structure, find_structure
+from anomalib_metarefine.refinement.variants import folder_names, given_variants
 
 GRID, CHANNELS = (6, 6), 12
 PLACES = GRID[0] * GRID[1]
