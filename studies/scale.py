@@ -29,7 +29,7 @@ import torch
 from rich.progress import Progress
 
 from anomalib_metarefine.curation.evidence import gather_evidence
-from anomalib_metarefine.features.executors import Executor
+from anomalib_metarefine.features.executors import make_executor
 from anomalib_metarefine.features.shards import Shard
 from anomalib_metarefine.features.store import SHARD, FeatureStore
 from anomalib_metarefine.refinement.engine import refine_images
@@ -172,8 +172,9 @@ def drawn(shard: Shard, shared: tuple[torch.Tensor, int], first: int, count: int
     shard.write(embeddings=patches.half().numpy())
 
 
-def simulated(count: int, work: Path, executor: Executor) -> dict[str, float]:
+def simulated(count: int, work: Path, engine: str) -> dict[str, float]:
     """The engine on so many drawn images."""
+    executor = make_executor(engine, 2)
     places = _GRID[0] * _GRID[1]
     look = 3 * torch.randn(places, _CHANNELS, generator=torch.Generator().manual_seed(0))
     store, begin = FeatureStore(executor=executor), time.perf_counter()
@@ -212,8 +213,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "simulate":  # each in a process of its own, for the memory
         rows = []
-        code = "import json, sys; from pathlib import Path; from studies.scale import simulated, make_executor\n"
-        code += "print(json.dumps(simulated(int(sys.argv[1]), Path(sys.argv[2]), make_executor(sys.argv[3], 2))))"
+        code = "import json, sys; from pathlib import Path; from studies.scale import simulated\n"
+        code += "print(json.dumps(simulated(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))"
         for count in options.images:
             work = options.out / f"simulated-{count}"
             rows.append(json.loads(run(code, str(count), str(work), options.engine)))
