@@ -29,7 +29,7 @@ import torch
 from rich.progress import Progress
 
 from anomalib_metarefine.curation.evidence import gather_evidence
-from anomalib_metarefine.features.executors import Executor
+from anomalib_metarefine.features.executors import make_executor
 from anomalib_metarefine.features.shards import Shard
 from anomalib_metarefine.features.store import SHARD, FeatureStore
 from anomalib_metarefine.refinement.engine import refine_images
@@ -41,7 +41,9 @@ _CURATE = """
 import json, resource, sys, time
 from pathlib import Path
 from anomalib_metarefine.curation.curate import curate
+from anomalib_metarefine.features import extract, store
 settings = json.loads(sys.argv[1])
+extract.SHARD = store.SHARD = settings.pop("shard")
 if settings["engine"] == "ray":
     import ray
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False)
@@ -89,13 +91,17 @@ def run(code: str, *arguments: str) -> str:
     return found.stdout.strip().splitlines()[-1]
 
 
-def curated(images: Path, engine: str, out: Path, fresh: bool = True) -> dict[str, float]:
+def settings_of(images: Path, engine: str, out: Path, **more: object) -> str:
+    """What `_CURATE` is told."""
+    settings = {"list": str(images), "engine": engine, "work": str(out / f"work-{engine}"), "shard": SHARD, **more}
+    return json.dumps({**settings, "workers": None if engine == "local" else 2})
+
+
+def curated(images: Path, engine: str, out: Path, fresh: bool = True, **more: object) -> dict[str, float]:
     """Time and peak memory of the driver; the manifest is beside."""
-    work, manifest = out / f"work-{engine}", out / f"{images.stem}-{engine}.csv"
     if fresh:
-        shutil.rmtree(work, ignore_errors=True)
-    settings = {"list": str(images), "engine": engine, "work": str(work), "workers": None if engine == "local" else 2}
-    return json.loads(run(_CURATE, json.dumps(settings), str(manifest)))
+        shutil.rmtree(out / f"work-{engine}", ignore_errors=True)
+    return json.loads(run(_CURATE, settings_of(images, engine, out, **more), str(out / f"{images.stem}-{engine}.csv")))
 
 
 def executors(images: Path, out: Path) -> pd.DataFrame:
@@ -121,20 +127,22 @@ def same(one: Path, other: Path) -> bool:
 def kills(images: Path, times: int, out: Path, seed: int) -> pd.DataFrame:
     """Kill the driver or a worker at a random moment, go on, and look at what was done twice.
 
-    The moments are drawn over the length of an undisturbed run. A shard that was finished must stay as it is.
+    The moments are drawn over the length of an undisturbed run. A shard that was finished must stay as it is. Images
+    and shards are small: 16 images of 64 x 64 pixels.
     """
-    rng, work = random.Random(seed), out / "work-joblib"
-    length = curated(images, "joblib", out)["seconds"] + 10  # with the imports
+    rng, work, small = random.Random(seed), out / "work-joblib", {"shard": 16, "image_size": (64, 64)}
+    begin = time.perf_counter()
+    curated(images, "joblib", out, **small)
+    length = time.perf_counter() - begin
     expected = out / f"{images.stem}-expected.csv"
     shutil.copy(out / f"{images.stem}-joblib.csv", expected)
     rows = []
     for number in range(times):
         shutil.rmtree(work)
-        victim, after = rng.choice(["worker", "driver"]), rng.uniform(5, length)
-        settings = {"list": str(images), "engine": "joblib", "work": str(work), "workers": 2}
+        victim, after = rng.choice(["worker", "driver"]), rng.uniform(length / 4, length)
         manifest = out / f"{images.stem}-joblib.csv"
         manifest.unlink(missing_ok=True)
-        command = [sys.executable, "-c", _CURATE, json.dumps(settings), str(manifest)]
+        command = [sys.executable, "-c", _CURATE, settings_of(images, "joblib", out, **small), str(manifest)]
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         time.sleep(after)
         target = running.pid if victim == "driver" else _worker_of(running.pid, rng)
@@ -143,7 +151,7 @@ def kills(images: Path, times: int, out: Path, seed: int) -> pd.DataFrame:
             (os.killpg if victim == "driver" else os.kill)(target, signal.SIGKILL)
         running.wait()
         if not manifest.exists():
-            curated(images, "joblib", out, fresh=False)
+            curated(images, "joblib", out, fresh=False, **small)
         kept = all(_finished(work).get(file) == stamp for file, stamp in finished.items())
         row = {"run": number, "killed": victim, "after": after, "shards": len(finished), "kept": kept}
         rows.append({**row, "same": same(expected, manifest)})
@@ -172,8 +180,9 @@ def drawn(shard: Shard, shared: tuple[torch.Tensor, int], first: int, count: int
     shard.write(embeddings=patches.half().numpy())
 
 
-def simulated(count: int, work: Path, executor: Executor) -> dict[str, float]:
+def simulated(count: int, work: Path, engine: str) -> dict[str, float]:
     """The engine on so many drawn images."""
+    executor = make_executor(engine, 2)
     places = _GRID[0] * _GRID[1]
     look = 3 * torch.randn(places, _CHANNELS, generator=torch.Generator().manual_seed(0))
     store, begin = FeatureStore(executor=executor), time.perf_counter()
@@ -212,8 +221,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.what == "simulate":  # each in a process of its own, for the memory
         rows = []
-        code = "import json, sys; from pathlib import Path; from studies.scale import simulated, make_executor\n"
-        code += "print(json.dumps(simulated(int(sys.argv[1]), Path(sys.argv[2]), make_executor(sys.argv[3], 2))))"
+        code = "import json, sys; from pathlib import Path; from studies.scale import simulated\n"
+        code += "print(json.dumps(simulated(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])))"
         for count in options.images:
             work = options.out / f"simulated-{count}"
             rows.append(json.loads(run(code, str(count), str(work), options.engine)))

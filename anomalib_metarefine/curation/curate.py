@@ -142,6 +142,9 @@ def curate(
         >>> Engine().train(Padim(), datamodule=curation.manifest.datamodule(test=my_datamodule))  # doctest: +SKIP
     """
     chosen = Settings(**settings)
+    if address is not None and work is None:
+        msg = "Ray at an address needs a folder for features that all its machines see. Pass one (--work)."
+        raise ValueError(msg)
     executor = make_executor(engine, workers, address, gpus_per_worker)
     work = None if work is None else Path(work).absolute()
     with nullcontext() if work is None else locked(work), progress_bars(progress) as bars:

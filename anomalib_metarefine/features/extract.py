@@ -23,7 +23,7 @@ from anomalib_metarefine.features.executors import InProcess, advance
 from anomalib_metarefine.features.shards import RUN, Shard
 from anomalib_metarefine.features.store import NOT_FINITE, SHARD, FeatureStore, finite_half
 from anomalib_metarefine.images.duplicates import THUMBNAIL
-from anomalib_metarefine.images.quality import Descriptor, describe_file
+from anomalib_metarefine.images.quality import MOST_COMPARED, Descriptor, describe_file
 from anomalib_metarefine.images.reading import ImageFile, read_image
 from anomalib_metarefine.images.regions import looked_at
 
@@ -108,6 +108,9 @@ def collect_features(
             store.append(found.shard, found.paths, found.shape)
             grid = found.grid
         store.left_out |= found.left_out
+        if len(paths) > MOST_COMPARED:
+            for image in found.described.values():
+                image.thumbnail = None
         described |= found.described
     if len(store) == 0:
         if not store.left_out:

@@ -12,7 +12,7 @@ from anomalib_metarefine import __version__
 from anomalib_metarefine.features.backbone import Backbone, fitting_size
 from anomalib_metarefine.features.extract import Recipe, collect_features
 from anomalib_metarefine.features.resize import usual_size
-from anomalib_metarefine.images.quality import Descriptor, ImageFacts, judge
+from anomalib_metarefine.images.quality import MOST_COMPARED, Descriptor, ImageFacts, judge
 from anomalib_metarefine.images.reading import check_bit_depth
 from anomalib_metarefine.images.regions import looked_at, read_regions
 from anomalib_metarefine.images.sources import EXTENSIONS, Source, read_source
@@ -98,6 +98,8 @@ def gather(
     )
     embedded = time.perf_counter()
     facts = judge(source.paths, source.names, [described[str(path)] for path in source.paths])
+    if len(facts) > MOST_COMPARED:
+        logger.warning("Near copies are not looked for among %d images: %d at most.", len(facts), MOST_COMPARED)
     readable = [i for i, fact in enumerate(facts) if fact.unreadable is None]
     _check_contents([facts[i] for i in readable])
     _warn_of_other_readers(described)

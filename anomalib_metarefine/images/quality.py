@@ -27,6 +27,7 @@ from anomalib_metarefine.robust import lower_side_scale
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+MOST_COMPARED = 20_000  # images that near copies are looked for among: 16 KB each, and a comparison of each two
 _ENOUGH_FOR_SPREAD = 50  # images; with fewer, a spread is a matter of luck and the widest margin is taken
 _ENOUGH_FOR_MEDIAN = 3  # images; with fewer there is nothing to compare with
 _SPREADS = 8.0
@@ -109,7 +110,7 @@ def inspect_images(
 
 
 def judge(paths: Sequence[str | Path], names: Sequence[str], images: Sequence[Descriptor]) -> list[ImageFacts]:
-    """Findings of a folder.
+    """Findings of a folder; of more than `MOST_COMPARED` images without near copies.
 
     Args:
         paths (Sequence[str | Path]): Of ``N`` images.
@@ -119,19 +120,21 @@ def judge(paths: Sequence[str | Path], names: Sequence[str], images: Sequence[De
     Returns:
         list[ImageFacts]: One an image.
     """
-    thumbnails = np.zeros((len(images), THUMBNAIL, THUMBNAIL), np.float32)
+    compared = len(images) <= MOST_COMPARED
+    thumbnails = np.zeros((len(images) if compared else 0, THUMBNAIL, THUMBNAIL), np.float32)
     for row, image in enumerate(images):
-        if image.thumbnail is not None:
+        if image.thumbnail is not None and compared:
             thumbnails[row] = image.thumbnail
-            image.thumbnail = None
+        image.thumbnail = None
     shallow = _to_grey_levels(images, thumbnails)
 
     findings: list[list[str]] = [[] for _ in images]
     readable = [row for row in sorted(range(len(images)), key=names.__getitem__) if images[row].unreadable is None]
-    blank = _blank([images[row] for row in readable], thumbnails[readable])
+    blank = _blank([images[row] for row in readable], thumbnails[readable] if compared else None)
     exact = first_of_exact_copies([images[row].sha256 for row in readable])
     single = np.flatnonzero((exact == np.arange(len(readable))) & ~blank)
-    near = first_of_near_copies(thumbnails[np.array(readable, dtype=int)[single]])
+    rows = np.array(readable, dtype=int)[single]
+    near = first_of_near_copies(thumbnails[rows]) if compared else np.arange(len(single))
     for position, first in enumerate(exact.tolist()):
         if first != position:
             findings[readable[position]].append(f"exact duplicate of {names[readable[first]]}")
@@ -235,17 +238,18 @@ def _to_grey_levels(images: Sequence[Descriptor], thumbnails: np.ndarray) -> int
         if image.deep:
             scale = 255 / (2 ** (bits if image.most else 16) - 1)
             image.levels = image.levels * scale
-            thumbnails[row] *= scale
+            if len(thumbnails):
+                thumbnails[row] *= scale
     return bits if bits < 16 else None
 
 
-def _blank(images: list[Descriptor], thumbnails: np.ndarray) -> np.ndarray:
+def _blank(images: list[Descriptor], thumbnails: np.ndarray | None) -> np.ndarray:
     """Flat to within rounding, or without any structure past noise where the folder's other images have some."""
     if not images:
         return np.zeros(0, bool)
     flat = np.array([image.levels is not None and image.levels[3] < 0.5 for image in images])
-    structure = thumbnails.std(axis=(1, 2))
-    if len(images) >= _ENOUGH_FOR_MEDIAN:
+    if thumbnails is not None and len(images) >= _ENOUGH_FOR_MEDIAN:
+        structure = thumbnails.std(axis=(1, 2))
         flat |= (structure < 2) & (structure < np.median(structure) / 8)
     return flat
 

@@ -76,6 +76,11 @@ def test_every_engine_decides_the_same(dirty, expected, small_shards, tmp_path, 
     assert len(list((tmp_path / "work").glob("*/embeddings.npy"))) == 5
 
 
+def test_a_cluster_needs_a_folder_that_all_see(dirty):
+    with pytest.raises(ValueError, match=r"needs a folder for features that all its machines see.*--work"):
+        curate(dirty, engine="ray", address="auto", progress=False, **SMALL)
+
+
 def test_what_was_finished_is_not_done_again(dirty, small_shards, tmp_path, monkeypatch):
     first = curate(dirty, progress=False, work=tmp_path, **SMALL)
     lost = sorted(tmp_path.glob("*/embedded.json"))[1].parent

@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from anomalib_metarefine.features import extract
+from anomalib_metarefine.features import gather as gather_module
 from anomalib_metarefine.features.backbone import Backbone
 from anomalib_metarefine.features.gather import gather, versions
 from anomalib_metarefine.features.offline import OFFLINE_BACKBONE
-from anomalib_metarefine.images import reading
+from anomalib_metarefine.images import quality, reading
 from anomalib_metarefine.progress import progress_bars
 from tests.conftest import part
 
@@ -170,3 +172,15 @@ def test_a_folder_of_blank_images_is_an_error(tmp_path, backbone):
         Image.new("L", (64, 96), level).save(tmp_path / f"{level}.png")
     with pytest.raises(ValueError, match=r"All 2 images are blank: each is of a single colour\. The first is .*3\.png"):
         gathered(tmp_path, backbone)
+
+
+def test_near_copies_of_very_many_images_are_not_looked_for_and_that_is_said(root, backbone, monkeypatch, caplog):
+    Image.open(root / "a.png").resize((127, 63)).resize((128, 64)).save(root / "near.png")
+    found = gathered(root, backbone)
+    assert found.facts[found.source.names.index("near.png")].findings == ("near duplicate of a.png",)
+    for module in (quality, extract, gather_module):
+        monkeypatch.setattr(module, "MOST_COMPARED", 7)
+    found = gathered(root, backbone)
+    assert found.facts[found.source.names.index("near.png")].findings == ()
+    assert found.facts[found.source.names.index("copy.png")].findings == ("exact duplicate of a.png",)
+    assert "Near copies are not looked for among 8 images" in caplog.text
