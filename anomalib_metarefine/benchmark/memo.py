@@ -8,15 +8,19 @@ network and the content of the image that it sees. The models do not notice; the
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from typing import TYPE_CHECKING
 
 import torch
 from anomalib.models.components import TimmFeatureExtractor
+from safetensors import safe_open
+from safetensors.torch import save_file
 from timm.models import FeatureInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -30,6 +34,8 @@ class Memo:
 
     Args:
         limit_mb (float): Megabytes of tensors to keep at most.
+        folder (Path | None): Where `write` puts them and any process finds them again. With it, the limit is that of
+            what is not written yet.
 
     Attributes:
         nbytes (int): Bytes of the tensors that are kept.
@@ -43,13 +49,17 @@ class Memo:
         [tensor([0.])]
     """
 
-    def __init__(self, limit_mb: float = 2560) -> None:
+    def __init__(self, limit_mb: float = 2560, folder: Path | None = None) -> None:
         self._limit = limit_mb * 2**20
-        self._tensors: dict[Hashable, torch.Tensor] = {}
-        self._cost: dict[Hashable, float] = {}
+        self._folder = folder
+        self._written: dict[str, safe_open] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._cost: dict[str, float] = {}
         self._asked: set[Hashable] = set()
         self.nbytes = 0
         self.seconds = 0.0
+        for file in sorted(folder.glob("*.safetensors")) if folder else ():
+            self._open(file)
 
     def __len__(self) -> int:
         return len(self._tensors)
@@ -63,14 +73,14 @@ class Memo:
     ) -> list[torch.Tensor]:
         """Tensors of a key, one for each name, computed if any is not kept. They are shared: do not write into them."""
         self._asked.add(key)
-        found = [self._tensors.get((key, name)) for name in names]
+        found = [self._find(_name(key, name)) for name in names]
         if any(tensor is None for tensor in found):
             begin = time.perf_counter()
             found = [tensor.detach() for tensor in compute()]
-            self._cost[key] = time.perf_counter() - begin
-            self.seconds += self._cost[key]
+            seconds = self._cost[repr(key)] = time.perf_counter() - begin
+            self.seconds += seconds
             for name, tensor in zip(names, found, strict=True):
-                self._keep((key, name), tensor)
+                self._keep(_name(key, name), tensor)
         return found
 
     def restart(self) -> None:
@@ -83,15 +93,47 @@ class Memo:
 
         The time is that of when they were computed, be it earlier and for another model.
         """
-        costs = [self._cost[key] for key in self._asked if key[0] == _FEATURES]
+        costs = [self._cost[repr(key)] for key in self._asked if key[0] == _FEATURES]
         return sum(costs) if costs else float("nan")
 
-    def _keep(self, key: Hashable, tensor: torch.Tensor) -> None:
-        if key in self._tensors or self.nbytes + tensor.nbytes > self._limit:
+    def write(self) -> None:
+        """Write what is kept to a file in the folder: complete there, or not at all."""
+        if not self._tensors:
             return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"{len(list(self._folder.glob('*.safetensors'))):06d}.safetensors"
+        unfinished = file.with_suffix(".unfinished")
+        save_file(self._tensors, unfinished, {"seconds": json.dumps(self._cost)})
+        unfinished.replace(file)
+        self._tensors.clear()
+        self.nbytes = 0
+        self._open(file)
+
+    def _open(self, file: Path) -> None:
+        """Map a file into memory: what is read of it needs no copy, and is shared with other processes."""
+        opened = safe_open(file, framework="pt")
+        self._written |= dict.fromkeys(opened.keys(), opened)
+        self._cost |= json.loads(opened.metadata()["seconds"])
+
+    def _find(self, name: str) -> torch.Tensor | None:
+        if name in self._written:
+            return self._written[name].get_tensor(name)
+        return self._tensors.get(name)
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self._tensors or name in self._written:
+            return
+        if self.nbytes + tensor.nbytes > self._limit:
+            if self._folder is None:
+                return
+            self.write()
         # A copy, because a slice would keep the memory of its whole batch.
-        self._tensors[key] = tensor.cpu().clone()
+        self._tensors[name] = tensor.as_subclass(torch.Tensor).cpu().clone(memory_format=torch.contiguous_format)
         self.nbytes += tensor.nbytes
+
+
+def _name(key: Hashable, name: str) -> str:
+    return repr((key, name))
 
 
 class MemoisedFeatures:

@@ -18,17 +18,19 @@ from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from lightning import seed_everything
 
-from anomalib_metarefine.benchmark.images import MemoisedData
+from anomalib_metarefine.benchmark.images import MemoisedData, MemoisedImages
 from anomalib_metarefine.benchmark.machine import PeakMemory
+from anomalib_metarefine.benchmark.memo import frozen_networks
 from anomalib_metarefine.benchmark.models import build, without_shortcuts
 from anomalib_metarefine.model.make import length_of_training, sets_itself_in_validation
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import pandas as pd
     from anomalib.models.components import AnomalibModule
 
+    from anomalib_metarefine.benchmark.config import BenchConfig
     from anomalib_metarefine.benchmark.memo import Memo
     from anomalib_metarefine.benchmark.models import ModelSpec
 
@@ -109,6 +111,24 @@ def train_and_test(
         "model_mb": sum(part.nbytes for part in [*model.model.parameters(), *model.model.buffers()]) / 1e6,
     }
     return figures, None if refinement is None else list(refinement.rejected)
+
+
+def embed(
+    samples: pd.DataFrame, specs: Iterable[ModelSpec], config: BenchConfig, image_size: tuple[int, int], memo: Memo
+) -> None:
+    """Fill a memo with the images and masks of a table of anomalib's, and their features for some models."""
+    networks = {}
+    for spec in specs:
+        try:
+            model = build(spec, config.backbone, config.layers, image_size, memo).eval()
+        except (ValueError, RuntimeError):  # its cells say so
+            continue
+        for network in frozen_networks(model.model):
+            features = network.forward
+            networks[features.identity, tuple(features.names)] = (model.pre_processor.transform, features)
+    for item in MemoisedImages(samples, image_size, memo):
+        for transform, features in networks.values():
+            features(transform(item.image.unsqueeze(0)))
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import argparse
 
     from anomalib_metarefine.benchmark.config import BenchConfig
+    from anomalib_metarefine.benchmark.engines import Engine
     from anomalib_metarefine.benchmark.table import Row
 
 
@@ -20,7 +21,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("config", metavar="CONFIG", type=Path, help="YAML file; configs/bench/ has some")
     add("--out", type=Path, metavar="CSV", help="result file, gone on with if there; default: results/CONFIG.csv")
-    add("--jobs", type=int, default=1, metavar="N", help="processes, of a data set each; share the memory of one by N")
+    add("--jobs", type=int, default=1, metavar="N", help="cells at a time, in processes of this machine")
+    add("--engine", choices=["local", "ray"], default="local", help="ray: cells on the machines of a Ray cluster")
+    add("--address", metavar="ADDRESS", help="of the Ray cluster; auto: the one of this machine; default: start one")
+    add("--gpus-per-worker", type=float, default=0, metavar="N", help="GPUs of each cell on Ray; may be a part of one")
     add(
         "--root",
         action="append",
@@ -44,8 +48,19 @@ def _bench(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         msg = f"--jobs must be at least 1, found {options.jobs}."
         raise ValueError(msg)
+    if options.engine != "ray" and (options.address or options.gpus_per_worker):
+        msg = "--address and --gpus-per-worker belong to --engine ray."
+        raise ValueError(msg)
     config = BenchConfig.read(options.config).select(options.models, options.data, options.seeds)
     return _run(config.at(_roots(options.root)), options)
+
+
+def _engine(options: argparse.Namespace) -> Engine:
+    from anomalib_metarefine.benchmark.engines import Processes, RayCluster, ThisProcess
+
+    if options.engine == "ray":
+        return RayCluster(options.address, options.gpus_per_worker)
+    return Processes(options.jobs) if options.jobs > 1 else ThisProcess()
 
 
 def _roots(texts: list[str]) -> dict[str, str]:
@@ -60,7 +75,8 @@ def _roots(texts: list[str]) -> dict[str, str]:
 def _run(config: BenchConfig, options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from anomalib_metarefine.benchmark.grid import LeftOut, plan, run
+    from anomalib_metarefine.benchmark.cells import LeftOut
+    from anomalib_metarefine.benchmark.grid import plan, run
     from anomalib_metarefine.benchmark.table import ResultTable
     from anomalib_metarefine.benchmark.training import quiet
     from anomalib_metarefine.progress import progress_bars
@@ -77,7 +93,7 @@ def _run(config: BenchConfig, options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     with progress_bars(enabled=console.is_terminal) as bars:
         task = bars.add_task("cells", total=len(keys), completed=done)
-        for found in run(config, out, options.jobs, options.retry):
+        for found in run(config, out, _engine(options), options.retry):
             if isinstance(found, LeftOut):
                 left_out += 1
                 bars.console.print(f"{found.data} left out: {found.reason}", soft_wrap=True, markup=False)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from anomalib_metarefine.benchmark.grid import LeftOut
+from anomalib_metarefine.benchmark.cells import LeftOut
 from anomalib_metarefine.benchmark.table import ResultTable, read_results
 from anomalib_metarefine.cli import main
 from tests.benchmark.test_grid import FOUND, MODELS, parts_arguments
@@ -34,11 +34,11 @@ def config(parts):
 
 
 def test_killed_and_started_again(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("anomalib_metarefine.benchmark.grid._LEAST_DEFECTIVE", 2)
+    monkeypatch.setattr("anomalib_metarefine.benchmark.cells._LEAST_DEFECTIVE", 2)
     whole, killed = tmp_path / "whole.csv", tmp_path / "killed.csv"
     assert main(["bench", str(config), "--out", str(whole)]) == 0
     code = (
-        "from anomalib_metarefine.benchmark import grid; grid._LEAST_DEFECTIVE = 2;"
+        "from anomalib_metarefine.benchmark import cells; cells._LEAST_DEFECTIVE = 2;"
         "from anomalib_metarefine.cli import main; main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "bench", str(config), "--out", str(killed)])
@@ -56,7 +56,7 @@ def test_killed_and_started_again(config, tmp_path, monkeypatch):
 
 
 def test_what_it_prints(config, tmp_path, monkeypatch, capsys):
-    def run(config, path, jobs, retry):
+    def run(config, path, engine, retry):
         assert [one.init_args["root"] for one in config.data] == ["there"]
         assert config.seeds == (4,)
         yield ROW

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from anomalib_metarefine.benchmark import training
+from anomalib_metarefine.benchmark.cells import Curated, LeftOut, curated_images
 from anomalib_metarefine.benchmark.config import BenchConfig
-from anomalib_metarefine.benchmark.grid import Curated, LeftOut, curated_images, plan, run, run_data_set
+from anomalib_metarefine.benchmark.grid import plan, run
 from anomalib_metarefine.benchmark.table import KEY, ResultTable, read_results
 
 MODELS = {
@@ -36,7 +37,7 @@ def trained(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """The fixture has eight defective images."""
-    monkeypatch.setattr("anomalib_metarefine.benchmark.grid._LEAST_DEFECTIVE", 2)
+    monkeypatch.setattr("anomalib_metarefine.benchmark.cells._LEAST_DEFECTIVE", 2)
 
 
 def oracle(paths, seed, data, config, folder):
@@ -75,7 +76,7 @@ def configured(parts, **changes):
 
 
 def cells(config, table, curator=oracle, **settings):
-    return [row for data in config.data for row in run_data_set(config, data, table, curator=curator, **settings)]
+    return list(run(config, table.path, curator=curator, **settings))
 
 
 def test_resuming_repeats_nothing_and_changes_nothing(parts, tmp_path, trained, few):
@@ -86,7 +87,7 @@ def test_resuming_repeats_nothing_and_changes_nothing(parts, tmp_path, trained, 
     trained.clear()
 
     table = ResultTable(tmp_path / "resumed.csv")
-    steps = run_data_set(config, config.data[0], table, curator=oracle)
+    steps = run(config, table.path, curator=oracle)
     for _ in range(5):  # in the middle of a model's three trainings
         next(steps)
     steps.close()
@@ -262,27 +263,12 @@ def test_the_curation_is_ours(monkeypatch, parts, tmp_path):
     paths = [str(parts / f"test/blob/{i:03d}.png") for i in range(3)]
     found = curated_images(paths, 5, config.data[0], config, tmp_path / "new")
     assert found.kept.tolist() == [True, False, True]
-    assert found.repaired == [*paths[:2], str(tmp_path / "new/keep/test/blob/002.png")]
+    assert found.repaired == [*paths[:2], str(tmp_path / "new/repaired/keep/test/blob/002.png")]
     ((data, settings),) = asked
     assert data == paths
     assert (settings["seed"], settings["image_size"]) == (5, (64, 64))
     assert (settings["backbone"], settings["layers"]) == ("resnet18", ("layer1",))
-    assert applied == [((manifest, tmp_path / "new", "repair"), {"review": "keep", "evidence": evidence})]
+    assert applied == [((manifest, tmp_path / "new/repaired", "repair"), {"review": "keep", "evidence": evidence})]
     evidence.unusual_in.clear()
     assert curated_images(paths, 5, config.data[0], config, tmp_path / "new").repaired == paths
     assert len(applied) == 1
-
-
-def test_several_processes_find_what_one_finds(parts, tmp_path):
-    data = {
-        name: {"class_path": "Folder", "init_args": parts_arguments(parts), "image_size": [64, 64], "train_images": 20}
-        for name in ("left", "right")
-    }
-    config = configured(parts, data=data, models={"DFM": MODELS["DFM"]}, contamination=[0.0])
-    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
-    assert len(list(run(config, one, jobs=1))) == len(list(run(config, two, jobs=2))) == 2 * 3
-    assert read_results(two).jobs.tolist() == [2] * 6
-    order = ["data", "training"]
-    left, right = (read_results(path)[FOUND].sort_values(order, ignore_index=True) for path in (one, two))
-    pd.testing.assert_frame_equal(left, right)
-    assert list(run(config, two, jobs=2)) == []

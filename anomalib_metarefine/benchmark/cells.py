@@ -1,0 +1,318 @@
+"""What the processes of a benchmark do: features of a data set, curation of a training set, one cell.
+
+Each is a function of plain arguments and of files in the work folder, so that any process can run it. A process holds
+the training set and the features that it had last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from anomalib_metarefine.benchmark.table import Key, Row, label
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import pandas as pd
+    from anomalib.data import AnomalibDataModule
+
+    from anomalib_metarefine.benchmark.config import BenchConfig, Entry
+    from anomalib_metarefine.benchmark.data_sets import DataSet
+    from anomalib_metarefine.benchmark.memo import Memo
+    from anomalib_metarefine.benchmark.models import ModelSpec
+
+    Curator = Callable[[Sequence[str], int, DataSet, BenchConfig, Path], "Curated"]
+
+T = TypeVar("T")
+
+_LEAST_DEFECTIVE = 10  # in the test set: with fewer, AUROC says nothing
+
+
+class LeftOut(NamedTuple):
+    """A data set that can't be had, and why."""
+
+    data: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dirt:
+    """How a training set is made dirty; see `Contaminated`."""
+
+    protocol: str
+    overlap: str
+    contamination: float
+    seed: int
+
+
+class Curated(NamedTuple):
+    """What our curation makes of N training images."""
+
+    kept: np.ndarray  # [N] of bool, false for the rejected
+    repaired: list[str]  # for each image, the one without its unusual regions; where it has none, itself
+
+
+@dataclass
+class TrainingSet:
+    """One contaminated training set, its test set, and its curation, which is run when it is first asked for."""
+
+    work: Work
+    seed: int
+    datamodule: AnomalibDataModule
+    dirty: np.ndarray  # [N] of bool
+    folder: Path  # for what the curation found, and repaired images
+    curation_seconds: float = float("nan")
+    _curated: Curated | None = field(default=None, repr=False)
+
+    @property
+    def train(self) -> pd.DataFrame:
+        """Samples of the training set."""
+        return self.datamodule.train_data.samples
+
+    @property
+    def test(self) -> pd.DataFrame:
+        """Samples of the test set."""
+        return self.datamodule.test_data.samples
+
+    @property
+    def curated(self) -> Curated:
+        """What the curation makes of it, in whatever process it was run."""
+        if self._curated is None:
+            known = self.folder / "curated.json"
+            if not known.exists():
+                begin = time.perf_counter()
+                paths = self.train.image_path.astype(str).tolist()
+                self.folder.mkdir(parents=True, exist_ok=True)
+                kept, repaired = self.work.curator(paths, self.seed, self.work.data, self.work.config, self.folder)
+                content = {"kept": kept.tolist(), "repaired": repaired, "seconds": time.perf_counter() - begin}
+                unfinished = known.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(content))
+                unfinished.replace(known)
+            content = json.loads(known.read_text())
+            self._curated = Curated(np.array(content["kept"], dtype=bool), content["repaired"])
+            self.curation_seconds = content["seconds"]
+        return self._curated
+
+    def select(self, training: str) -> tuple[pd.DataFrame, np.ndarray]:
+        """What a training is on: samples of all ``N`` images as they are then, and an ``[N]`` mask of those used."""
+        if training == "raw":
+            return self.train, np.ones(len(self.train), dtype=bool)
+        if training == "clean":
+            return self.train, ~self.dirty
+        if training == "repaired":
+            return self.train.assign(image_path=self.curated.repaired), self.curated.kept
+        return self.train, self.curated.kept
+
+
+def curated_images(paths: Sequence[str], seed: int, data: DataSet, config: BenchConfig, folder: Path) -> Curated:
+    """What `curate` makes of training images; those to review pass, since nobody has reviewed them."""
+    from anomalib_metarefine.curation.apply import apply
+    from anomalib_metarefine.curation.curate import curate
+
+    manifest, evidence = curate(
+        list(paths),
+        backbone=config.backbone,
+        layers=config.layers,
+        image_size=data.image_size,
+        seed=seed,
+        quality=False,  # it looks for other things than defects and rejects nothing
+        progress=False,
+    )
+    rejected = {path.resolve() for path in manifest.rejected}
+    copies = {}
+    if evidence.unusual_in:
+        apply(manifest, folder / "repaired", "repair", review="keep", evidence=evidence)
+        copies = {(manifest.root / name).resolve(): folder / "repaired/keep" / name for name in evidence.unusual_in}
+    return Curated(
+        np.array([Path(path).resolve() not in rejected for path in paths]),
+        [str(copies.get(Path(path).resolve(), path)) for path in paths],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One data set of a benchmark, and what its cells share."""
+
+    config: BenchConfig
+    data: DataSet
+    folder: Path  # of this data set; every process must see it
+    curator: Curator = curated_images
+    shared: bool = False  # whether features are files that several processes read, or held by the only one
+
+    @property
+    def label(self) -> str:
+        """How messages name the data set."""
+        return label(self.data.name, self.data.category)
+
+    def embed(self, dirts: Iterable[Dirt], specs: Iterable[ModelSpec]) -> LeftOut | None:
+        """Read and embed the images of some training sets and their test sets, for the models named."""
+        import pandas as pd
+
+        from anomalib_metarefine.benchmark.memo import Memo
+        from anomalib_metarefine.benchmark.training import embed
+
+        tables = []
+        for dirt in dirts:
+            try:
+                found = self._training_set(dirt)
+            except _TooFewError:  # its cells say so
+                continue
+            except Exception as error:  # a download, a folder, a third party's datamodule
+                return LeftOut(self.label, in_one_line(error))
+            tables += [found.train, found.test]
+        if tables:
+            samples = pd.concat(tables).drop_duplicates(["image_path", "label_index"])
+            memo = Memo(limit_mb=256, folder=self.folder / "features")
+            embed(samples, specs, self.config, self.data.image_size, memo)
+            memo.write()
+        return None
+
+    def curate(self, dirt: Dirt) -> None:
+        """Have a training set curated, before several cells ask for it at once."""
+        try:
+            _ = self._training_set(dirt).curated
+        except Exception as error:  # the cells meet it again, and it goes into their rows
+            if is_out_of_memory(error):
+                raise
+
+    def cell(self, dirt: Dirt, entry: Entry, key: Key, known: Sequence[Row]) -> Row | LeftOut:
+        """Train and test one model; or copy the row of a training that was on the same images.
+
+        Args:
+            dirt (Dirt): The training set.
+            entry (Entry): The model.
+            key (Key): What the row is found by.
+            known (Sequence[Row]): Rows of other trainings of this model on this training set.
+
+        Raises:
+            MemoryError: If there is not enough.
+        """
+        from anomalib_metarefine.benchmark.machine import machine
+        from anomalib_metarefine.features.gather import versions
+
+        row = Row(
+            **asdict(key),
+            versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+            machine=machine(),
+        )
+        try:
+            training_set = self._training_set(dirt)
+        except _TooFewError as error:
+            row = replace(row, reason=str(error))
+        except Exception as error:  # a download, a folder, a third party's datamodule
+            return LeftOut(self.label, in_one_line(error))
+        else:
+            try:
+                row = self._row(row, training_set, entry, known)
+            except Exception as error:  # whatever a model can't do here goes into its row
+                if is_out_of_memory(error):
+                    raise MemoryError(in_one_line(error)) from error
+                row = replace(row, **_size(training_set.test), reason=in_one_line(error))
+        return replace(row, date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def _row(self, row: Row, training_set: TrainingSet, entry: Entry, known: Sequence[Row]) -> Row:
+        from anomalib_metarefine.benchmark.training import train_and_test
+
+        config, dirty, test = self.config, training_set.dirty, training_set.test
+        samples, kept = training_set.select(row.training)
+        seconds = training_set.curation_seconds if row.training in ("curated", "repaired") else float("nan")
+        for other in known:
+            images, used = training_set.select(other.training)
+            if samples.image_path[kept].equals(images.image_path[used]):
+                return replace(other, training=row.training, curation_seconds=round(seconds, 1))
+        figures, rejected = train_and_test(
+            entry.spec,
+            config.backbone,
+            config.layers,
+            samples[kept],
+            test,
+            self.data.image_size,
+            row.seed,
+            self._memo(),
+        )
+        left_out = ~kept | samples.image_path.astype(str).isin(rejected or []).to_numpy()
+        return replace(
+            row,
+            **{name: round(value, 5) for name, value in figures.items()},
+            **_size(test),
+            curation_seconds=round(seconds, 1),
+            kept=int((~left_out).sum()),
+            rejected=int(left_out.sum()),
+            precision=float(dirty[left_out].mean()) if left_out.any() else float("nan"),
+            recall=float(left_out[dirty].mean()) if dirty.any() else float("nan"),
+        )
+
+    def _training_set(self, dirt: Dirt) -> TrainingSet:
+        name = hashlib.sha256(repr(dirt).encode()).hexdigest()[:16]
+        return _hold(TrainingSet, self.folder / name, lambda folder: _draw(self, dirt, folder))
+
+    def _memo(self) -> Memo:
+        from anomalib_metarefine.benchmark.memo import Memo
+
+        return _hold(Memo, self.folder / "features", lambda folder: Memo(folder=folder) if self.shared else Memo())
+
+
+class _TooFewError(ValueError):
+    """A contamination that a data set has not enough images for."""
+
+
+_held: dict[type, tuple[Path, object]] = {}
+
+
+def _hold(kind: type[T], folder: Path, make: Callable[[Path], T]) -> T:
+    """What this process made last of a kind, if it belongs to the same folder."""
+    if kind not in _held or _held[kind][0] != folder:
+        _held.pop(kind, None)  # first: there may not be room for both
+        _held[kind] = (folder, make(folder))
+    return _held[kind][1]
+
+
+def release() -> None:
+    """Hold nothing any more."""
+    _held.clear()
+
+
+def _draw(work: Work, dirt: Dirt, folder: Path) -> TrainingSet:
+    from anomalib_metarefine.data.contamination import Contaminated
+
+    source = work.data.datamodule(dirt.seed)
+    source.prepare_data()
+    source.setup()
+    images = work.data.train_images
+    datamodule = Contaminated(source, dirt.contamination, dirt.overlap, dirt.seed, images, dirt.protocol)
+    try:
+        datamodule.setup()
+    except ValueError as error:
+        raise _TooFewError(*error.args) from error
+    found = TrainingSet(work, dirt.seed, datamodule, datamodule.is_injected.to_numpy(), folder)
+    defective = int(found.test.label_index.sum())
+    if defective < _LEAST_DEFECTIVE:
+        msg = (
+            f"With contamination {dirt.contamination:g}, {defective} defective images are left to test on, and "
+            f"{_LEAST_DEFECTIVE} are needed. Ask for fewer training images."
+        )
+        raise _TooFewError(msg)
+    return found
+
+
+def _size(test: pd.DataFrame) -> dict[str, int]:
+    return {"test_normal": int((test.label_index == 0).sum()), "test_abnormal": int((test.label_index == 1).sum())}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory; PyTorch has no class of its own for it off a GPU."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def in_one_line(error: BaseException) -> str:
+    """Kind and message of an error."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
