@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomalib_metarefine.cli.command import SHOWN, Command, backbone_arguments, command_line, engine_arguments, require
+from anomalib_metarefine.cli.command import (
+    Command,
+    SHOWN,
+    backbone_arguments,
+    command_line,
+    engine_arguments,
+    require,
+)
+from anomalib_metarefine.images.storage import located
 from anomalib_metarefine.settings import Settings, parse_settings, setting_help, setting_names
 
 if TYPE_CHECKING:
@@ -48,8 +56,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _curate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("data", metavar="DATA", help="folder of images, CSV or Parquet with image_path, or YAML of a datamodule")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for manifest, report and the rest")
+    add("data", metavar="DATA", help="folder or zip of images, also at s3:// and the like; CSV, Parquet or YAML")
+    add("--out", type=located, required=True, metavar="DIR", help="folder for manifest, report and the rest")
     add("--root", type=Path, help="what paths in a table are relative to")
     add("--extensions", nargs="+", metavar="EXT", help="file names to look for in a folder")
     backbone_arguments(parser)
@@ -164,7 +172,7 @@ def review(options: argparse.Namespace) -> int:
 
 def _apply_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
+    add("manifest", metavar="MANIFEST", type=located, help="manifest.csv, or its folder")
     add("--to", type=Path, required=True, metavar="DIR", help="empty or new folder, outside of the images' own")
     modes = ["symlink", "copy", "repair", "list"]
     add("--mode", choices=modes, default="symlink", help="links, copies, copies without unusual regions, or lists")
@@ -197,8 +205,8 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", metavar="A", type=Path, help="manifest.csv, or its folder")
-    parser.add_argument("after", metavar="B", type=Path, help="the later one")
+    parser.add_argument("before", metavar="A", type=located, help="manifest.csv, or its folder")
+    parser.add_argument("after", metavar="B", type=located, help="the later one")
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -216,7 +224,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", metavar="MANIFEST", type=Path, help="manifest.csv, or its folder")
+    parser.add_argument("manifest", metavar="MANIFEST", type=located, help="manifest.csv, or its folder")
 
 
 def _report(options: argparse.Namespace) -> int:

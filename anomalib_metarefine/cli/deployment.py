@@ -83,7 +83,7 @@ def _export(options: argparse.Namespace) -> int:
         require(options.data, "the YAML of a datamodule")
     from anomalib.deploy.export import CompressionType
 
-    from anomalib_metarefine.images.sources import load_datamodule
+    from anomalib_metarefine.images.datamodules import load_datamodule
     from anomalib_metarefine.model.checkpoints import load_checkpoint
     from anomalib_metarefine.model.export import export_model
 

@@ -15,6 +15,7 @@ import pandas as pd
 from anomalib_metarefine.curation.repair import Repairer, encoded
 from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.images.sources import absolute, listing
+from anomalib_metarefine.images.storage import content, is_remote
 from anomalib_metarefine.images.tables import table_text
 from anomalib_metarefine.progress import track
 
@@ -79,6 +80,12 @@ def apply(
     if mode == "repair" and evidence is None:
         msg = "mode 'repair' needs to know what is unusual. Pass the evidence of the same curation."
         raise ValueError(msg)
+    if mode == "symlink" and is_remote(manifest.root):
+        msg = f"There are no links to {manifest.root}. Use mode 'copy' or 'list'."
+        raise ValueError(msg)
+    if is_remote(to):
+        msg = f"Images are sorted into a folder of this machine, not into {to}."
+        raise ValueError(msg)
     to = absolute(to)
     plan = _plan(manifest, mode, review)
     _check_target(manifest, to, plan)
@@ -133,6 +140,8 @@ def _check_target(manifest: Manifest, to: Path, plan: str) -> None:
         if marker.read_text(encoding="utf-8") != plan:
             msg = f"{to} holds the unfinished work of another manifest, mode or review. Delete it or choose another."
             raise ValueError(msg)
+    if is_remote(manifest.root):
+        return
     # Links followed: a folder inside the root would be curated next time, whatever it is called.
     real, root = to.resolve(), manifest.root.resolve()
     scattered = root == Path(root.anchor)  # images from all over the file system: everything lies inside
@@ -185,4 +194,7 @@ def _place(pairs: list[tuple[Path, Path]], mode: Mode, progress: bool) -> None:
             target.symlink_to(source)
         else:
             with _beside(target) as part:
-                shutil.copy2(source, part)
+                if is_remote(source):
+                    part.write_bytes(content(source))
+                else:
+                    shutil.copy2(source, part)

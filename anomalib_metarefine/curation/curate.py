@@ -29,6 +29,7 @@ from anomalib_metarefine.images.hashes import data_sha256
 from anomalib_metarefine.images.quality import ImageFacts
 from anomalib_metarefine.images.regions import as_text
 from anomalib_metarefine.images.sources import EXTENSIONS, listing
+from anomalib_metarefine.images.storage import located
 from anomalib_metarefine.progress import progress_bars
 from anomalib_metarefine.refinement.engine import Result, refine_images
 from anomalib_metarefine.refinement.rules import get_rule, q_values
@@ -71,10 +72,10 @@ class Curation(NamedTuple):
         """
         others = {
             EVIDENCE_FILE: self.evidence.save,
-            REPORT_FILE: lambda path: write_report(self.manifest, self.evidence, path, Path(folder)),
+            REPORT_FILE: lambda path: write_report(self.manifest, self.evidence, path, located(folder)),
         }
         self.manifest.write(folder, others)
-        return Path(folder) / REPORT_FILE
+        return located(folder) / REPORT_FILE
 
 
 def curate(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from anomalib_metarefine.images.sources import absolute, listing, load_datamodule, set_up_without_validation
+from anomalib_metarefine.images.datamodules import load_datamodule, set_up_without_validation
+from anomalib_metarefine.images.sources import absolute, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -14,6 +14,7 @@ from filelock import FileLock
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.images.answers import DECISIONS_FILE, MEANING, Answer, load
 from anomalib_metarefine.images.sources import listing
+from anomalib_metarefine.images.storage import is_remote
 from anomalib_metarefine.images.tables import table_text
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def append(folder: str | Path, answers: Iterable[Answer]) -> Path:
     wrong = [answer for answer in filled if answer.decision not in MEANING.values() or not answer.sha256]
     if wrong:
         msg = f"An answer has a sha256, and keep, reject or review as its decision; found {wrong[0]}."
+        raise ValueError(msg)
+    if is_remote(folder):  # it has neither locks nor appending
+        msg = f"Answers are kept in a folder of this machine, not in {folder}. Copy it here, and curate into the copy."
         raise ValueError(msg)
     path = Path(folder) / DECISIONS_FILE
     if not filled:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +12,14 @@ from torch.nn import functional as F
 
 from anomalib_metarefine.curation.run_folder import read_run
 from anomalib_metarefine.curation.schema import require_inside
+from anomalib_metarefine.images.storage import located
 from anomalib_metarefine.refinement.fitting import whitened
 from anomalib_metarefine.refinement.learned import crowded_places
 from anomalib_metarefine.refinement.patches import LEAST_REPAIRED, scale_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from anomalib_metarefine.features.embedding import Whitening
     from anomalib_metarefine.features.shards import Shard
@@ -73,10 +74,10 @@ class Evidence:
             FileNotFoundError: If it is not there.
             ValueError: If it is damaged, or not of the run that ``run.json`` beside it tells of.
         """
-        file = Path(path)
+        file = located(path)
         read_run(file)
         try:
-            with np.load(file, allow_pickle=False) as data:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as data:
                 found = {name: data[name] for name in (entry.name for entry in fields(cls))}
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             msg = f"{file} is damaged ({error}). Run `metarefine curate` again."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from anomalib_metarefine.curation.run_folder import MANIFEST_FILE, RUN_FILE, rea
 from anomalib_metarefine.curation.schema import DECISIONS, SCHEMA, check_run, checked_table
 from anomalib_metarefine.images.hashes import file_sha256
 from anomalib_metarefine.images.sources import absolute, listing
+from anomalib_metarefine.images.storage import is_remote, located
 from anomalib_metarefine.images.tables import read_table, table_text
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ class Manifest:
             FileNotFoundError: If one of the two files is missing.
             ValueError: If one of the two files is damaged, or they are not of one run.
         """
-        file = Path(path) / MANIFEST_FILE if Path(path).is_dir() else Path(path)
+        file = located(path)
+        file = file / MANIFEST_FILE if file.is_dir() else file
         run = read_run(file)
         if root is not None:
             run["root"] = str(absolute(root))
@@ -103,13 +106,13 @@ class Manifest:
         text = table_text(self.table)
         files = {MANIFEST_FILE: lambda path: path.write_text(text, encoding="utf-8"), **(others or {})}
         write_together(folder, {**self.run, "counts": self.counts}, files)
-        self._folder = Path(folder)
+        self._folder = located(folder)
         return self._folder / MANIFEST_FILE
 
-    @property
+    @cached_property
     def root(self) -> Path:
         """Folder that ``image_path`` is relative to."""
-        return Path(self.run["root"])
+        return located(self.run["root"])
 
     @property
     def counts(self) -> dict[str, int]:
@@ -222,6 +225,9 @@ class Manifest:
         if rows.empty:
             msg = f"There is nothing to train on: {self.counts} with review={review!r}."
             raise ValueError(msg)
+        if is_remote(self.root):
+            msg = f"anomalib reads images of this machine only, not {self.root}. Run `metarefine apply --mode copy` "
+            raise ValueError(msg + "and train on its folder.")
         self.require_unchanged(used)
         images = self.paths(rows) if repaired is None else copies(rows, Path(repaired))
         return curated_datamodule(images, test, **{"name": self.root.name or "curated", **settings})

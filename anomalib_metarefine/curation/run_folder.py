@@ -2,7 +2,8 @@
 
 Files are written to a hidden folder first, which gets its final name when all are complete and on the disk. From that
 moment the run counts as written; what a killed process has not moved to its place is moved by the next one that reads
-or writes the folder. ``run.json`` holds the SHA-256 of all other files, so that a mixture of two runs is refused.
+or writes the folder. A storage without renaming gets copies in the same order. ``run.json`` holds the SHA-256 of all
+other files, so that a mixture of two runs is refused.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
+
+from anomalib_metarefine.images.storage import is_remote, located
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +42,9 @@ def locked(folder: str | Path, wait_s: float = 0) -> Iterator[None]:
         OSError: If the folder can't be written to.
         ValueError: If another process is writing to it.
     """
+    if is_remote(folder):  # it has no locks: of two runs at once, the one that ends last stays
+        yield
+        return
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +66,7 @@ def write_together(folder: str | Path, run: dict[str, Any], files: Mapping[str, 
     """Write files of a run and ``run.json``, all or none.
 
     Args:
-        folder (str | Path): Made if it does not exist.
+        folder (str | Path): Made if it does not exist; may be an address, see `located`.
         run (dict[str, Any]): For ``run.json``. Files that it lists from before, and that are still the same, stay
             part of the run.
         files (Mapping[str, Callable]): By name, what writes the file at the path it is given.
@@ -68,20 +75,20 @@ def write_together(folder: str | Path, run: dict[str, Any], files: Mapping[str, 
         OSError: If a file can't be written; then the folder is as it was.
         ValueError: If another process is writing to the folder.
     """
-    folder = Path(folder)
+    folder = located(folder)
+    if is_remote(folder):
+        finish_writing(folder)
+        with tempfile.TemporaryDirectory() as staging:
+            _fill(Path(staging), folder, run, files)
+            _upload(Path(staging), folder)
+        return
     with locked(folder, _WAIT_S):
         finish_writing(folder)
         for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed
             shutil.rmtree(left, ignore_errors=True)
-        before = run.get("files", {})
-        recorded = {name: known for name, known in before.items() if _digest_of(folder / name) == known}
         staging = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
         try:
-            for name, write in files.items():
-                write(staging / name)
-                recorded[name] = _digest_of(staging / name)
-            text = json.dumps({**run, "files": recorded}, indent=2, ensure_ascii=False, allow_nan=False)
-            (staging / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+            _fill(staging, folder, run, files)
             for file in staging.iterdir():
                 with file.open("rb+") as written:
                     os.fsync(written.fileno())
@@ -91,12 +98,48 @@ def write_together(folder: str | Path, run: dict[str, Any], files: Mapping[str, 
         finish_writing(folder)
 
 
+def _fill(staging: Path, folder: Path, run: dict[str, Any], files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write the files, and a ``run.json`` that knows them and those that stay in the folder."""
+    before = run.get("files", {})
+    recorded = {name: known for name, known in before.items() if _digest_of(folder / name) == known}
+    for name, write in files.items():
+        write(staging / name)
+        recorded[name] = _digest_of(staging / name)
+    text = json.dumps({**run, "files": recorded}, indent=2, ensure_ascii=False, allow_nan=False)
+    (staging / RUN_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _upload(staging: Path, folder: Path) -> None:
+    """Write to a place of its own; one small file, written last, says that all is there."""
+    place = folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
+    place.mkdir(parents=True, exist_ok=True)
+    for file in staging.iterdir():
+        folder.fs.put_file(str(file), (place / file.name).path)
+    (folder / _COMPLETE).write_text(place.name)
+    finish_writing(folder)
+
+
+def _finish_upload(folder: Path) -> None:
+    marker = folder / _COMPLETE
+    if not marker.is_file():
+        return
+    place = folder / marker.read_text()
+    # Last what binds the others: until then, what is read is found to be no run.
+    for file in sorted(place.iterdir(), key=lambda file: file.name == RUN_FILE):
+        folder.fs.copy(file.path, (folder / file.name).path)
+    marker.unlink()
+    folder.fs.rm(place.path, recursive=True)
+
+
 def finish_writing(folder: Path) -> None:
     """Move files to their places that a killed process had completed.
 
     Raises:
         OSError: If they can't be moved, because another program has one open or the folder is read-only.
     """
+    if is_remote(folder):
+        _finish_upload(folder)
+        return
     complete = folder / _COMPLETE
     if not complete.is_dir():
         return

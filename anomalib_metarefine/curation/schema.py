@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from anomalib_metarefine.images.sources import listing
+from anomalib_metarefine.images.storage import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,7 +55,7 @@ def check_run(run: dict[str, Any]) -> None:
         if name in run and not isinstance(run[name], kind):
             msg = f"run[{name!r}] must be of type {kind.__name__}, found {run[name]!r}."
             raise ValueError(msg)
-    if not Path(run.get("root", "")).is_absolute():
+    if not (is_remote(run.get("root", "")) or Path(run.get("root", "")).is_absolute()):
         msg = f"run['root'] must be the absolute folder of the images, found {run.get('root')!r}."
         raise ValueError(msg)
     for number, entry in enumerate(run.get("rounds", []), 1):

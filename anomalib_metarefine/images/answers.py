@@ -8,13 +8,15 @@ that a person fills in is read the same way; there ``when`` and ``by`` are missi
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from anomalib_metarefine.images.sources import listing
+from anomalib_metarefine.images.storage import located
 from anomalib_metarefine.images.tables import read_table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ def read(path: str | Path) -> pd.DataFrame:
         ValueError: If columns are missing, a decision is not understood or contradicts another one without saying when,
             or if the file is a whole manifest, where nothing tells a person's decisions from the rule's.
     """
-    final = _final(Path(path))
+    final = _final(located(path))
     return final.loc[final.decision != "review", ["sha256", "image_path", "decision"]].reset_index(drop=True)
 
 
@@ -126,7 +128,8 @@ def load(where: str | Path) -> dict[str, str]:
     Raises:
         ValueError: If the file is damaged, or has answers without ``sha256``.
     """
-    path = Path(where) / DECISIONS_FILE if Path(where).is_dir() else Path(where)
+    path = located(where)
+    path = path / DECISIONS_FILE if path.is_dir() else path
     if not path.is_file():
         return {}
     table = read(path)
@@ -139,7 +142,7 @@ def load(where: str | Path) -> dict[str, str]:
 
 def taken_back(folder: str | Path) -> set[str]:
     """SHA-256 of the images whose last line in ``decisions.csv`` takes an answer back."""
-    path = Path(folder) / DECISIONS_FILE
+    path = located(folder) / DECISIONS_FILE
     if not path.is_file():
         return set()
     final = _final(path)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from anomalib_metarefine.images.reading import EXTENSIONS, check_bit_depth, read_image, reason_of
 from anomalib_metarefine.images.sources import absolute, listing, read_source
+from anomalib_metarefine.images.storage import is_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,7 +46,7 @@ def convert(
     """
     check_bit_depth(bit_depth)
     source, to = read_source(data, extensions=extensions), absolute(to)
-    if to.is_relative_to(source.root):
+    if is_inside(to, source.root):
         msg = f"{to} lies among the images of {source.root}: its copies would be taken for images. Choose another."
         raise ValueError(msg)
     targets = [(to / name).with_suffix(".png") for name in source.names]

@@ -11,7 +11,7 @@ A file is read once, and its pixels and its SHA-256 come from the same bytes. Wh
 - **Several pages**: the first; `ImageFile.pages` says how many there are.
 - **EXIF orientation**: applied, so that an image is upright as any viewer shows it.
 
-Only regular files are read, of at most 1 GiB. This module imports neither torch nor anomalib.
+Only regular files and objects of a storage are read, of at most 1 GiB. This module imports neither torch nor anomalib.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image
 
+from anomalib_metarefine.images import storage
 from anomalib_metarefine.images.deep import SIXTEEN_BITS, TIFF, RefusedError, bits_per_channel, decode_deep, rgb_levels
+from anomalib_metarefine.images.storage import is_remote
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,7 +129,7 @@ def read_image(path: str | Path, bit_depth: int | None = None) -> ImageFile:
     """Read and decode an image file.
 
     Args:
-        path (str | Path): A regular file, or a link to one.
+        path (str | Path): A regular file, a link to one, or an address, see `located`.
         bit_depth (int | None): Bits in use of files with more than 8, such as 12; ``None`` takes those of the file.
 
     Raises:
@@ -150,11 +152,17 @@ def read_bytes(path: str | Path) -> bytes:
         OSError: If the file can't be opened.
         UnreadableImageError: If it is no regular file, or larger than `LARGEST_FILE`.
     """
+    if is_remote(path):
+        return _of_bounded_size(path, storage.content(path, LARGEST_FILE + 1))
     with open(path, "rb", opener=_open_without_waiting) as file:  # `Path.open` takes no opener
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImageError(str(path), "it is no regular file, but a device or a pipe")
-        content = file.read(min(status.st_size, LARGEST_FILE) + 1)  # Python sets aside as much as is asked for
+        # Python sets aside as much as is asked for.
+        return _of_bounded_size(path, file.read(min(status.st_size, LARGEST_FILE) + 1))
+
+
+def _of_bounded_size(path: str | Path, content: bytes) -> bytes:
     if len(content) > LARGEST_FILE:
         raise UnreadableImageError(str(path), f"it is larger than {LARGEST_FILE / 2**20:g} MiB")
     return content
@@ -163,7 +171,7 @@ def read_bytes(path: str | Path) -> bytes:
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file of any size and kind, hex, as `ImageFile.sha256` has it; raises OSError."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with storage.located(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
@@ -187,9 +195,10 @@ def decode_image(content: bytes, name: str = "The data", bit_depth: int | None =
 def header_size(path: str | Path) -> tuple[int, int] | None:
     """Height and width of an upright image from its first bytes; ``None`` where there is no header to read."""
     try:
-        if not Path(path).is_file():
+        remote = is_remote(path)
+        if not remote and not Path(path).is_file():
             return None
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(storage.header(path)) if remote else path) as image:
             turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow has turned a TIFF's size already
             return image.size if turned else image.size[::-1]
     except Exception:  # the decoder says what is wrong

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -11,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anomalib_metarefine.images.datamodules import load_datamodule, set_up_without_validation
 from anomalib_metarefine.images.reading import EXTENSIONS
+from anomalib_metarefine.images.storage import is_inside, is_remote, located, names_under
 from anomalib_metarefine.images.tables import read_table
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def read_source(
         data (str | Path | AnomalibDataModule | Iterable[str | Path]): One of
 
             - a folder, searched with all its subfolders; hidden files and folders are skipped, links to folders are
-              followed once;
+              followed once; or a zip archive, or the address of either, see `located`;
             - a CSV or Parquet file with a column ``image_path``; a ``manifest.csv`` of ours is one, and all its images
               are taken, whatever was decided about them;
             - a YAML file with ``class_path`` and ``init_args`` of an anomalib datamodule, at its top or under ``data``;
@@ -75,11 +76,15 @@ def read_source(
         ModuleNotFoundError: If a Parquet file is given and pyarrow is not installed.
         ValueError: If the table has no ``image_path``, the config is unusable, or images lie outside ``root``.
     """
-    if not isinstance(data, str | Path):
+    if not isinstance(data, str | Path) and not is_remote(data):
         if isinstance(data, Iterable):
-            return _source([Path(path) for path in data], root, "images", "the list of paths")
+            return _source([located(path) for path in data], root, "images", "the list of paths")
         return _from_datamodule(data, root)
-    path = absolute(Path(data).expanduser())
+    path = absolute(located(str(data)).expanduser())
+    if path.suffix.lower() == ".zip" and path.exists() and not path.is_dir():
+        path = located(f"zip://::{path}")
+    if is_remote(path) and path.is_dir():
+        return _source(_images_at(path, extensions), root or path, path.name or "images", str(path))
     if path.is_dir():
         return _source(list(_images_under(path, extensions)), root or path, path.name, str(path))
     if not path.exists():
@@ -95,72 +100,10 @@ def read_source(
     raise ValueError(msg)
 
 
-def load_datamodule(path: str | Path) -> AnomalibDataModule:
-    """Make a datamodule from its YAML file, as `anomalib train` does.
-
-    With jsonargparse, not with `anomalib.data.get_datamodule`: that one hands a datamodule inside another's settings on
-    as a dictionary.
-
-    Args:
-        path (str | Path): ``class_path`` and ``init_args``, at its top or under ``data``. Relative folders in it are
-            relative to the working directory, as for anomalib's own commands.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it does not describe a datamodule.
-    """
-    import anomalib.data
-    import yaml
-    from jsonargparse import ArgumentParser
-
-    if not Path(path).is_file():
-        msg = f"There is no datamodule config {path}."
-        raise FileNotFoundError(msg)
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        found = config.get("data", config)
-        name = found["class_path"].rpartition(".")[2]
-    except (yaml.YAMLError, ValueError, AttributeError, KeyError, TypeError) as error:
-        msg = f"{path} describes no datamodule. Expected `class_path` and `init_args`, at its top or under `data`."
-        raise ValueError(msg) from error
-    if not hasattr(anomalib.data, name):
-        msg = f"{path}: anomalib knows no datamodule {found['class_path']}. Check the name, or register its package."
-        raise ValueError(msg)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=anomalib.data.AnomalibDataModule)
-    try:
-        return parser.instantiate_classes(parser.parse_object({"data": found})).data
-    except Exception as error:  # whatever the constructor of the named class raises is about this file
-        msg = f"{path}: {found['class_path']} can't be made with these settings ({type(error).__name__}: {error})."
-        raise ValueError(msg) from error
-
-
-def set_up_without_validation(datamodule: AnomalibDataModule) -> AnomalibDataModule:
-    """A copy whose training and test sets are whole: no validation set is taken out of either.
-
-    Args:
-        datamodule (AnomalibDataModule): Stays as it is.
-
-    Raises:
-        ValueError: If it can't be set up.
-    """
-    from anomalib.data.utils import ValSplitMode
-
-    source = copy.copy(datamodule)  # not deep: after a training it holds the trainer, and setup makes new data sets
-    source.val_split_mode = ValSplitMode.NONE
-    source._is_setup = False  # after a training, setup would do nothing
-    try:
-        source.prepare_data()
-        source.setup()
-    except Exception as error:  # anomalib's own range from RuntimeError to KeyError
-        msg = f"The datamodule {datamodule.name} can't be set up ({type(error).__name__}: {error})."
-        raise ValueError(msg) from error
-    return source
-
-
 def absolute(path: str | Path) -> Path:
     """The path from the file system's root, with links as they are: a link to an image goes by its own name."""
-    return Path(os.path.abspath(path))  # noqa: PTH100  (`resolve` follows links)
+    path = located(path)
+    return path if is_remote(path) else Path(os.path.abspath(path))  # noqa: PTH100  (`resolve` follows links)
 
 
 def listing(items: Sequence[object], limit: int = 5) -> str:
@@ -200,8 +143,21 @@ def _images_under(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
         msg += "Make them readable, or pass a table of paths."
         raise PermissionError(msg)
     if not found:
-        msg = f"No images under {folder} (looked for {', '.join(wanted)}). Pass --extensions or check the path."
-        raise FileNotFoundError(msg)
+        raise _nothing_under(folder, wanted)
+
+
+def _images_at(folder: Path, extensions: Sequence[str]) -> list[Path]:
+    """As `_images_under`, of a storage: it has no links, and lists all that lies under a folder in one go."""
+    wanted = tuple(f".{extension.lstrip('.')}".lower() for extension in extensions)
+    names = [name for name in names_under(folder) if name.lower().endswith(wanted) and not f"/{name}".count("/.")]
+    if not names:
+        raise _nothing_under(folder, wanted)
+    return [folder / name for name in names]
+
+
+def _nothing_under(folder: Path, wanted: tuple[str, ...]) -> FileNotFoundError:
+    msg = f"No images under {folder} (looked for {', '.join(wanted)}). Pass --extensions or check the path."
+    return FileNotFoundError(msg)
 
 
 def _from_table(file: Path, root: str | Path | None) -> Source:
@@ -214,8 +170,8 @@ def _from_table(file: Path, root: str | Path | None) -> Source:
     if "" in listed:
         msg = f"{file} has no image_path in row {listed.index('') + 1} (of {len(listed)})."
         raise ValueError(msg)
-    paths = [base / path for path in listed]
-    inside = all(absolute(path).is_relative_to(base) for path in paths)
+    paths = [located(path) if is_remote(path) else base / path for path in listed]
+    inside = all(is_inside(absolute(path), base) for path in paths)
     hint = f"Relative paths are relative to {base}; pass --root if they are not."
     source = _source(paths, root or (base if inside else None), file.stem, str(file), hint)
     if "variant" not in table:
@@ -228,7 +184,7 @@ def _root_of_manifest(file: Path) -> Path | None:
     if file.name != "manifest.csv" or not run.is_file():
         return None
     try:
-        return Path(json.loads(run.read_text(encoding="utf-8"))["root"])
+        return located(json.loads(run.read_text(encoding="utf-8"))["root"])
     except (ValueError, KeyError, TypeError) as error:
         msg = f"{run} lies beside {file.name} but names no root. Pass --root."
         raise ValueError(msg) from error
@@ -253,7 +209,8 @@ def _source(paths: list[Path], root: str | Path | None, name: str, origin: str, 
         msg = f"No images in {origin}."
         raise FileNotFoundError(msg)
     listed = [absolute(path) for path in paths]
-    missing = [path for path in listed if not os.path.lexists(path)]
+    # One request an image would be slow; what a storage does not have is found unreadable.
+    missing = [path for path in listed if not is_remote(path) and not os.path.lexists(path)]
     if missing:
         msg = f"{len(missing)} of {len(listed)} images in {origin} do not exist: {listing(missing)}. {hint}"
         raise FileNotFoundError(msg.strip())
@@ -266,12 +223,21 @@ def _source(paths: list[Path], root: str | Path | None, name: str, origin: str, 
     if garbled:
         msg = f"{len(garbled)} file names in {origin} are no line of text: {listing(garbled)}. Rename the files."
         raise ValueError(msg)
-    base = absolute(root) if root else Path(os.path.commonpath([path.parent for path in unique]))
-    outside = [path for path in unique if not path.is_relative_to(base)]
+    base = absolute(root) if root else _common_folder(unique)
+    outside = [path for path in unique if not is_inside(path, base)]
     if outside:
         msg = f"{len(outside)} of {len(unique)} images in {origin} lie outside the root {base}: {listing(outside)}."
         raise ValueError(msg)
     return Source(base, unique, name)
+
+
+def _common_folder(paths: list[Path]) -> Path:
+    if not any(map(is_remote, paths)):
+        return Path(os.path.commonpath([path.parent for path in paths]))
+    folder = paths[0].parent
+    while folder != folder.parent and not all(is_inside(path, folder) for path in paths):
+        folder = folder.parent
+    return folder
 
 
 def _is_line(path: Path) -> bool:

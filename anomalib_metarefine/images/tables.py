@@ -59,11 +59,13 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     try:
         if path.suffix.lower() == ".parquet":
-            return pd.read_parquet(path)
+            with path.open("rb") as file:
+                return pd.read_parquet(file)
         with path.open(encoding="utf-8-sig") as file:
             header = file.readline()
         separator = ";" if header.count(";") > header.count(",") else ","
-        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with path.open("rb") as file:
+            table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except ImportError as error:
         msg = f"Reading {path} needs pyarrow. Run `pip install pyarrow`, or save the table as CSV."
         raise ModuleNotFoundError(msg) from error

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from anomalib_metarefine.images.sources import load_datamodule, read_source, read_table, set_up_without_validation
+from anomalib_metarefine.images.datamodules import load_datamodule, set_up_without_validation
+from anomalib_metarefine.images.sources import read_source, read_table
 from tests.conftest import folder
 from tests.curation.test_manifest import make_manifest
 

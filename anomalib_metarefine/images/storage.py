@@ -1,0 +1,75 @@
+"""Files that do not lie on this machine: object stores, HDFS, archives, by their address as fsspec has it.
+
+A path with ``://`` is an address; every other one is a `pathlib.Path`, and nothing here is imported for it. Addresses
+become `upath.UPath`, which has the methods of `pathlib.Path` but is none. Neither torch nor anomalib is imported.
+"""
+
+from __future__ import annotations
+
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+_HEADER = 1 << 16  # bytes that tell the size of nearly every image
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is an address."""
+    return "://" in str(path)
+
+
+def located(path: str | Path) -> Path:
+    """A local path, or what an address leads to; a ``file://`` address is a local path.
+
+    Args:
+        path (str | Path): Such as ``parts``, ``s3://bucket/parts`` or ``zip://parts::s3://bucket/all.zip``.
+
+    Raises:
+        ModuleNotFoundError: If the package for such an address is not installed.
+        ValueError: If there is no such kind of address.
+    """
+    if not is_remote(path):
+        return Path(path)
+    if str(path).startswith("file://"):
+        return Path(urllib.request.url2pathname(urllib.parse.urlsplit(str(path)).path))
+    try:
+        from upath import UPath
+
+        found: Any = UPath(path)
+        _ = found.fs  # imports what the protocol needs
+    except ImportError as error:
+        msg = f"{path} can't be opened ({error}). Run `pip install 'anomalib-metarefine[remote]'`; "
+        raise ModuleNotFoundError(msg + "it brings s3fs for s3://, and gs:// needs gcsfs, az:// adlfs.") from error
+    except ValueError as error:
+        msg = f"{path} is no address that can be opened ({error}). Expected s3://, gs://, az://, hdfs:// or zip://."
+        raise ValueError(msg) from error
+    return found
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path lies under a folder of the same storage."""
+    return is_remote(path) == is_remote(folder) and path.is_relative_to(folder)
+
+
+def names_under(folder: Any) -> list[str]:  # noqa: ANN401
+    """Names of all files under a folder of a storage, relative to it, whatever their depth."""
+    base = f"{folder.path.strip('/')}/".lstrip("/")
+    return [name.lstrip("/").removeprefix(base) for name in folder.fs.find(folder.path)]
+
+
+def content(path: str | Path, limit: int | None = None) -> bytes:
+    """The first bytes of what an address leads to; raises OSError, whatever its storage raises."""
+    try:
+        found: Any = located(path)
+        return found.fs.cat_file(found.path, 0, limit)
+    except OSError:
+        raise
+    except Exception as error:  # storages have errors of their own
+        msg = f"{path} can't be read ({type(error).__name__}: {error})."
+        raise OSError(msg) from error
+
+
+def header(path: str | Path) -> bytes:
+    """Enough of an image file to tell its size, of most formats."""
+    return content(path, _HEADER)
