@@ -104,6 +104,19 @@ class TestCurate:
         fails(capsys, *arguments[:-2], "tail=2", message="tail must be a number in (0, 1], found 2")
         assert len(asked) == 1
 
+    def test_an_address_that_cannot_be_written_to_costs_no_minutes(self, asked, root, tmp_path, capsys):
+        pytest.importorskip("upath")
+        said = tmp_path / "d.csv"
+        said.write_text("image_path,decision\n")
+        fails(
+            capsys, "curate", root, "--out", "memory://a/b", "--decisions", said,
+            message="remembered in a folder of this machine, not in memory://a/b",
+        )  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            main(["curate", str(root), "--out", "nowhere://a"])
+        assert "no address that can be opened" in capsys.readouterr().err
+        assert not asked
+
     def test_a_missing_file_of_decisions_costs_no_minutes(self, asked, root, tmp_path, capsys):
         fails(
             capsys,
@@ -211,6 +224,12 @@ class TestApply:
         assert main(["apply", str(out), *arguments]) == 0
         assert len((tmp_path / "lists" / "keep.txt").read_text().splitlines()) == 4
 
+    def test_after_a_curation_into_parquet(self, root, tmp_path):
+        pytest.importorskip("pyarrow")
+        make_manifest(root, DECISIONS).write(tmp_path / "big", parquet=True)
+        assert main(["apply", str(tmp_path / "big"), "--to", str(tmp_path / "to")]) == 0
+        assert (tmp_path / "to/keep/left/0.png").read_bytes() == (root / "left/0.png").read_bytes()
+
     def test_images_that_were_moved(self, out, root, tmp_path, capsys):
         root.rename(tmp_path / "moved")
         arguments = ["apply", out, "--to", tmp_path / "to"]
@@ -232,6 +251,17 @@ def test_diff(out, root, tmp_path, capsys):
     assert "left/0.png" in told
     assert "left/1.png" not in told
     fails(capsys, "diff", out, tmp_path / "no", message="There is no ")
+
+
+def test_of_many_changes_the_screen_shows_the_first_and_a_table_all(out, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_MOST_CHANGES", 1)
+    changed = {**DECISIONS, "left/0.png": "reject", "left/1.png": "reject"}
+    make_manifest(root, changed).write(tmp_path / "later")
+    assert main(["diff", str(out), str(tmp_path / "later"), "--out", str(tmp_path / "changes.csv")]) == 1
+    told = capsys.readouterr().out
+    assert "left/1.png" not in told
+    assert "and 1 more" in told
+    assert pd.read_csv(tmp_path / "changes.csv").image_path.tolist() == ["left/0.png", "left/1.png"]
 
 
 def test_names_with_brackets_are_shown_as_they_are(capsys):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anomalib_metarefine.images.storage import located
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -58,6 +60,14 @@ def engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--address", metavar="ADDRESS", help="of a Ray cluster, or auto; default: Ray on this machine")
     add("--gpus-per-worker", type=float, default=0, metavar="G", help="of Ray, such as 1 or 0.5")
     add("--work", type=Path, metavar="DIR", help="folder for features, seen by all workers; a killed run goes on there")
+
+
+def place(text: str) -> Path:
+    """A path or an address, as an argument."""
+    try:
+        return located(text)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def command_line(*parts: str | Path) -> str:

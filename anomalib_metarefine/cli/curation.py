@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anomalib_metarefine.cli.command import (
-    Command,
     SHOWN,
+    Command,
     backbone_arguments,
     command_line,
     engine_arguments,
+    place,
     require,
 )
-from anomalib_metarefine.images.storage import located
+from anomalib_metarefine.images.storage import is_remote
 from anomalib_metarefine.settings import Settings, parse_settings, setting_help, setting_names
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from anomalib_metarefine.curation.manifest import Manifest
 
 MANIFEST = "manifest.csv of a curation, or its folder"
+_MOST_CHANGES = 500  # on the screen
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +60,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _curate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("data", metavar="DATA", help="folder or zip of images, also at s3:// and the like; CSV, Parquet or YAML")
-    add("--out", type=located, required=True, metavar="DIR", help="folder for manifest, report and the rest")
+    add("--out", type=place, required=True, metavar="DIR", help="folder for manifest, report and the rest")
     add("--root", type=Path, help="what paths in a table are relative to")
     add("--extensions", nargs="+", metavar="EXT", help="file names to look for in a folder")
     backbone_arguments(parser)
@@ -69,6 +72,7 @@ def _curate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bit-depth", type=int, metavar="BITS", help="bits in use of files with more than 8, such as 12")
     add("--ignore", type=Path, metavar="FILE", help="regions to ignore: a picture, black there, or polygons")
     add("--decisions", type=Path, metavar="CSV", help="a person's decisions")
+    add("--manifest", choices=["csv", "parquet"], default="csv", help="parquet for millions of images (needs pyarrow)")
     add("--no-quality", dest="quality", action="store_false", help="skip the search for duplicates, blur and the like")
     add("--fail-above", type=float, metavar="SHARE", help="exit code 1 if a larger share of the images is rejected")
     engine_arguments(parser)
@@ -79,6 +83,12 @@ def _curate(options: argparse.Namespace) -> int:
         msg = f"--fail-above must be a share in [0, 1], found {options.fail_above:g}."
         raise ValueError(msg)
     require(options.data, "a folder of images, a table of paths, or the YAML of a datamodule")
+    if options.manifest == "parquet" and find_spec("pyarrow") is None:
+        msg = "--manifest parquet needs pyarrow. Run `pip install 'anomalib-metarefine[parquet]'`."
+        raise ModuleNotFoundError(msg)
+    if options.decisions and is_remote(options.out):
+        msg = f"Decisions are remembered in a folder of this machine, not in {options.out}. Pass one as --out."
+        raise ValueError(msg)
     refinement = _settings(options)
     from anomalib_metarefine.curation.decisions import remember
     from anomalib_metarefine.curation.run_folder import locked
@@ -99,7 +109,7 @@ def _curate(options: argparse.Namespace) -> int:
         curation = curate(options.data, decisions=decisions, **settings, **refinement)
         if given is not None:
             remember(options.out, curation.manifest, given)
-        curation.write(options.out)
+        curation.write(options.out, parquet=options.manifest == "parquet")
     print(curation.manifest.verdict)
     if curation.evidence.unusual_in:
         count = len(curation.evidence.unusual_in)
@@ -172,7 +182,7 @@ def review(options: argparse.Namespace) -> int:
 
 def _apply_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("manifest", metavar="MANIFEST", type=located, help="manifest.csv, or its folder")
+    add("manifest", metavar="MANIFEST", type=place, help="manifest.csv, or its folder")
     add("--to", type=Path, required=True, metavar="DIR", help="empty or new folder, outside of the images' own")
     modes = ["symlink", "copy", "repair", "list"]
     add("--mode", choices=modes, default="symlink", help="links, copies, copies without unusual regions, or lists")
@@ -205,8 +215,9 @@ def _apply(options: argparse.Namespace) -> int:
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", metavar="A", type=located, help="manifest.csv, or its folder")
-    parser.add_argument("after", metavar="B", type=located, help="the later one")
+    parser.add_argument("before", metavar="A", type=place, help="manifest.csv, or its folder")
+    parser.add_argument("after", metavar="B", type=place, help="the later one")
+    parser.add_argument("--out", metavar="CSV", type=Path, help="a table of all changes; the screen shows 500")
 
 
 def _diff(options: argparse.Namespace) -> int:
@@ -214,17 +225,20 @@ def _diff(options: argparse.Namespace) -> int:
     require(options.after, MANIFEST)
     from anomalib_metarefine.curation.diff import diff
     from anomalib_metarefine.curation.manifest import Manifest
+    from anomalib_metarefine.images.tables import table_text
 
     changes = diff(Manifest.read(options.before), Manifest.read(options.after))
     if changes.empty:
         print("The same images, and the same decisions.")
         return 0
-    _show(changes, list(changes.columns), limit=len(changes))
+    if options.out is not None:
+        options.out.write_text(table_text(changes), encoding="utf-8")
+    _show(changes, list(changes.columns), limit=_MOST_CHANGES)
     return 1
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("manifest", metavar="MANIFEST", type=located, help="manifest.csv, or its folder")
+    parser.add_argument("manifest", metavar="MANIFEST", type=place, help="manifest.csv, or its folder")
 
 
 def _report(options: argparse.Namespace) -> int:

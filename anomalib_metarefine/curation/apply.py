@@ -20,7 +20,7 @@ from anomalib_metarefine.images.tables import table_text
 from anomalib_metarefine.progress import track
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
@@ -101,12 +101,11 @@ def apply(
         raise ValueError(msg)
     names = list(dict.fromkeys(folders.values()))
     to.mkdir(parents=True, exist_ok=True)
-    _write(to / _UNFINISHED, plan)
+    _write(to / _UNFINISHED, [plan])
     repairs: list[tuple[str, Transplant]] = []
     if mode == "list":
         for name in names:
-            images = manifest.paths(table[table.folder == name])
-            _write(to / f"{name}.txt", "".join(f"{image}\n" for image in images))
+            _write(to / f"{name}.txt", (f"{manifest.root / path}\n" for path in table.image_path[table.folder == name]))
     else:
         for name in names:
             (to / name).mkdir(exist_ok=True)
@@ -114,9 +113,8 @@ def apply(
             repairs = _repair(manifest, table, evidence, to, progress)
             listed = [(path, *box, donor.relative_to(manifest.root).as_posix()) for path, (*box, donor) in repairs]
             columns = ["image_path", "left", "top", "width", "height", "donor"]
-            _write(to / REPAIRS_FILE, table_text(pd.DataFrame(listed, columns=columns)))
-        pairs = [(manifest.root / p, to / f / p) for p, f in zip(table.image_path, table.folder, strict=True)]
-        _place(pairs, mode, progress)
+            _write(to / REPAIRS_FILE, [table_text(pd.DataFrame(listed, columns=columns))])
+        _place(manifest.root, to, table, mode, progress)
     (to / _UNFINISHED).unlink()
     counts = {name: int((table.folder == name).sum()) for name in names}
     return Applied(counts, left_out, len({path for path, _ in repairs}))
@@ -180,13 +178,15 @@ def _beside(target: Path) -> Iterator[Path]:
     part.replace(target)
 
 
-def _write(target: Path, text: str) -> None:
+def _write(target: Path, text: Iterable[str]) -> None:
     with _beside(target) as part, part.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
+        file.writelines(text)
 
 
-def _place(pairs: list[tuple[Path, Path]], mode: Mode, progress: bool) -> None:
-    for source, target in track(pairs, f"{mode} images", progress):
+def _place(root: Path, to: Path, table: pd.DataFrame, mode: Mode, progress: bool) -> None:
+    for row in track(range(len(table)), f"{mode} images", progress):
+        name = table.image_path.iloc[row]
+        source, target = root / name, to / table.folder.iloc[row] / name
         if os.path.lexists(target):  # from before an interruption
             continue
         if mode == "symlink":

@@ -61,11 +61,12 @@ class Curation(NamedTuple):
     manifest: Manifest
     evidence: Evidence
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | Path, parquet: bool | None = None) -> Path:
         """Write ``manifest.csv``, ``run.json``, ``evidence.npz`` and ``report.html``, all in one step or none.
 
         Args:
-            folder (str | Path): Made if it does not exist.
+            folder (str | Path): Made if it does not exist; may be an address, see `located`.
+            parquet (bool | None): See `Manifest.write`.
 
         Returns:
             Path: The report.
@@ -74,7 +75,7 @@ class Curation(NamedTuple):
             EVIDENCE_FILE: self.evidence.save,
             REPORT_FILE: lambda path: write_report(self.manifest, self.evidence, path, located(folder)),
         }
-        self.manifest.write(folder, others)
+        self.manifest.write(folder, others, parquet)
         return located(folder) / REPORT_FILE
 
 

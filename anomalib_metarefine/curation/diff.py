@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from anomalib_metarefine.curation.manifest import Manifest
 
 
+_USED = ["image_path", "decision", "reason"]
+_COLUMNS = ["change", "image_path", "image_path_before", "decision_before", "decision", "reason"]
+
+
 def diff(before: Manifest, after: Manifest) -> pd.DataFrame:
     """Compare two manifests.
 
@@ -25,33 +29,29 @@ def diff(before: Manifest, after: Manifest) -> pd.DataFrame:
             removed), ``image_path``, ``image_path_before``, ``decision_before``, ``decision``, ``reason`` (the later
             one's); empty where there is none.
     """
-    old, new = before.table, after.table
-    pairs = _pairs(old, new)
-    removed = old.index.difference([i for i, _ in pairs])
-    added = new.index.difference([j for _, j in pairs])
-    rows = [("removed", old.image_path[i], old.image_path[i], old.decision[i], "", "") for i in removed]
-    rows += [("added", new.image_path[j], "", "", new.decision[j], new.reason[j]) for j in added]
-    rows += [
-        ("decision", new.image_path[j], old.image_path[i], old.decision[i], new.decision[j], new.reason[j])
-        for i, j in pairs
-        if old.decision[i] != new.decision[j]
-    ]
-    columns = ["change", "image_path", "image_path_before", "decision_before", "decision", "reason"]
-    return pd.DataFrame(rows, columns=columns).sort_values("image_path", ignore_index=True)
+    old, new = before.table[_USED].add_suffix("_before"), after.table[_USED]
+    rows_before, rows = _pairs(before.table, after.table)
+    both = pd.concat([old.loc[rows_before].reset_index(drop=True), new.loc[rows].reset_index(drop=True)], axis=1)
+    removed, added = old.drop(rows_before), new.drop(rows)
+    parts = {
+        "removed": removed.assign(image_path=removed.image_path_before),
+        "added": added,
+        "decision": both[both.decision_before != both.decision],
+    }
+    found = pd.concat(parts, names=["change"]).reset_index("change")
+    return found.reindex(columns=_COLUMNS).fillna("").sort_values("image_path", ignore_index=True)
 
 
-def _pairs(old: pd.DataFrame, new: pd.DataFrame) -> list[tuple[int, int]]:
-    """Rows of the same image: same content and path, else same content, else same path."""
-    pairs: list[tuple[int, int]] = []
-    left, right = dict.fromkeys(old.index), dict.fromkeys(new.index)  # in order, and quick to remove from
-    for columns in (["sha256", "image_path"], ["sha256"], ["image_path"]):
-        old_keys, new_keys = (list(table[columns].itertuples(index=False, name=None)) for table in (old, new))
-        waiting: dict[tuple[str, ...], list[int]] = {}
-        for j in right:
-            waiting.setdefault(new_keys[j], []).append(j)
-        for i in list(left):
-            same = waiting.get(old_keys[i])
-            if same and old_keys[i] != ("",):  # what could not be read has no content to go by
-                pairs.append((i, same.pop(0)))
-                del left[i], right[pairs[-1][1]]
+def _pairs(before: pd.DataFrame, after: pd.DataFrame) -> tuple[list[int], list[int]]:
+    """Rows of the same image: same content and path, else same content, else same path; of several in their order."""
+    pairs: tuple[list[int], list[int]] = ([], [])
+    sides = [table[["sha256", "image_path"]] for table in (before, after)]
+    for keys in (["sha256", "image_path"], ["sha256"], ["image_path"]):
+        # What could not be read has no content to go by.
+        known = [side[side.sha256 != ""] if keys == ["sha256"] else side for side in sides]
+        old, new = (side[keys].assign(nth=side.groupby(keys).cumcount(), row=side.index) for side in known)
+        same = old.merge(new, on=[*keys, "nth"])
+        for k, rows in enumerate((same.row_x, same.row_y)):
+            pairs[k].extend(rows)
+            sides[k] = sides[k].drop(rows)
     return pairs

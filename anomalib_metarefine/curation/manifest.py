@@ -13,7 +13,14 @@ import numpy as np
 import pandas as pd
 
 from anomalib_metarefine.curation.datamodule import copies, curated_datamodule
-from anomalib_metarefine.curation.run_folder import MANIFEST_FILE, RUN_FILE, read_run, write_together
+from anomalib_metarefine.curation.run_folder import (
+    MANIFEST_FILE,
+    PARQUET_FILE,
+    RUN_FILE,
+    manifest_of,
+    read_run,
+    write_together,
+)
 from anomalib_metarefine.curation.schema import DECISIONS, SCHEMA, check_run, checked_table
 from anomalib_metarefine.images.hashes import file_sha256
 from anomalib_metarefine.images.sources import absolute, listing
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
 
 _FIRST_LOOK = 40  # images
 _SECONDS_A_LOOK = 2
+_CHUNK = 10_000  # rows at a time, where all would take much memory
 
 
 class Changes(NamedTuple):
@@ -73,7 +81,7 @@ class Manifest:
         """Read what `write` wrote.
 
         Args:
-            path (str | Path): ``manifest.csv`` or its folder; ``run.json`` lies beside it.
+            path (str | Path): ``manifest.csv`` or ``manifest.parquet``, or its folder; ``run.json`` lies beside it.
             root (str | Path | None): Where the images lie now, if not where they lay when the manifest was written.
 
         Raises:
@@ -81,7 +89,7 @@ class Manifest:
             ValueError: If one of the two files is damaged, or they are not of one run.
         """
         file = located(path)
-        file = file / MANIFEST_FILE if file.is_dir() else file
+        file = manifest_of(file) if file.is_dir() else file
         run = read_run(file)
         if root is not None:
             run["root"] = str(absolute(root))
@@ -93,21 +101,38 @@ class Manifest:
         manifest._folder = file.parent
         return manifest
 
-    def write(self, folder: str | Path, others: Mapping[str, Callable[[Path], object]] | None = None) -> Path:
+    def write(
+        self,
+        folder: str | Path,
+        others: Mapping[str, Callable[[Path], object]] | None = None,
+        parquet: bool | None = None,
+    ) -> Path:
         """Write ``manifest.csv`` and ``run.json``, and what else belongs to the run: all files in one step, or none.
 
         Args:
             folder (str | Path): Made if it does not exist.
             others (Mapping[str, Callable] | None): What writes each further file of the run, at the path it is given.
+            parquet (bool | None): ``manifest.parquet`` in place of ``manifest.csv``, for a million rows; needs pyarrow.
+                ``None`` writes the kind that was read, or else CSV.
 
         Returns:
-            Path: The ``manifest.csv``.
+            Path: The manifest.
         """
-        text = table_text(self.table)
-        files = {MANIFEST_FILE: lambda path: path.write_text(text, encoding="utf-8"), **(others or {})}
-        write_together(folder, {**self.run, "counts": self.counts}, files)
+        if PARQUET_FILE in self.run.get("files", {}) if parquet is None else parquet:
+            name, write = PARQUET_FILE, self._write_parquet
+        else:
+            name, write = MANIFEST_FILE, self._write_csv
+        write_together(folder, {**self.run, "counts": self.counts}, {name: write, **(others or {})})
         self._folder = located(folder)
-        return self._folder / MANIFEST_FILE
+        return self._folder / name
+
+    def _write_parquet(self, path: Path) -> None:
+        self.table.to_parquet(path, index=False)
+
+    def _write_csv(self, path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            for start in range(0, len(self.table), _CHUNK):
+                file.write(table_text(self.table[start : start + _CHUNK], header=start == 0))
 
     @cached_property
     def root(self) -> Path:
@@ -174,8 +199,10 @@ class Manifest:
             decisions (Collection[str]): Only images with one of these decisions.
         """
         rows = self.table[self.table.decision.isin(list(decisions))]
+        now: list[str] = []
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            now = list(pool.map(file_sha256, self.paths(rows)))
+            for start in range(0, len(rows), _CHUNK):
+                now += pool.map(file_sha256, self.paths(rows[start : start + _CHUNK]))
         different = rows.image_path[(rows.sha256 != np.array(now, dtype=object)).to_numpy()].tolist()
         missing = [path for path in different if not (self.root / path).exists()]
         return Changes(missing, sorted(set(different) - set(missing)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import os
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
 
-_CARDS, _TILES = 24, 400  # images as large cards and as small tiles; the other suspicious ones are listed by name
+_CARDS, _TILES = 24, 400  # images as large cards and as small tiles
+_SHOWN = 500  # images at most, those by name among them: of a million, the worst
 _TILE_SIDE = 160  # pixels
 _REPAIRED_SHOWN = 12
 _PICTURE_BUDGET = 9 * 2**20  # bytes of all data URIs; the rest of a report of 10,000 rows takes up to 5 MB
@@ -87,7 +88,8 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path, folder: Pat
     """Write the report.
 
     The 24 highest scores are shown as cards whatever was decided, then up to 400 other images that are rejected or to
-    be reviewed as tiles; the rest of these is listed by name. Pictures shrink until the file stays below about 15 MB.
+    be reviewed as tiles; the next are listed by name, up to the worst 500 in all, and it says how many more there are.
+    Pictures shrink until the file stays below about 15 MB.
 
     Args:
         manifest (Manifest): Decisions. Images that have gone since then are said to be missing.
@@ -102,13 +104,14 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path, folder: Pat
 
     path = Path(path)
     table, run = manifest.table, {**_NOT_STATED, "source": manifest.run["root"], **manifest.run}
-    by_score = table.sort_values("score", ascending=False, kind="stable").to_dict("records")
-    ranked = [row for row in by_score if math.isfinite(row["score"])]
-    first = ranked[:_CARDS]
-    others = [row for row in ranked[_CARDS:] if row["decision"] != "keep"]
+    by_score = table.sort_values("score", ascending=False, kind="stable")
+    scored = np.isfinite(by_score.score)
+    first, rest = by_score[scored][:_CARDS], by_score[scored][_CARDS:]
+    others = rest[rest.decision != "keep"]
+    flagged = by_score[by_score.quality != ""]
     pictures = _Pictures(evidence, manifest.root)
-    cards = pictures.cards(first, SIDE, with_nearest=True)
-    tiles = pictures.cards(others[:_TILES], _TILE_SIDE, with_nearest=False)
+    cards = pictures.cards(first.to_dict("records"), SIDE, with_nearest=True)
+    tiles = pictures.cards(others[:_TILES].to_dict("records"), _TILE_SIDE, with_nearest=False)
     repairs = _repairs(manifest, evidence)
     _encode([picture for card in [*cards, *tiles, *repairs] for picture in card.pictures])
     environment = jinja2.Environment(
@@ -131,12 +134,12 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path, folder: Pat
         histogram=histogram(table),
         cards=cards,
         groups=_grouped(tiles, dict(zip(evidence.paths, evidence.groups, strict=True))),
-        by_name=others[_TILES:],
-        unreadable=[row for row in by_score if not math.isfinite(row["score"])],
+        by_name=_names(others[_TILES:], _SHOWN - _CARDS - _TILES),
+        unreadable=_names(by_score[~scored]),
         repairs=repairs,
         unusual=sum(table.image_path[table.decision != "reject"].isin(evidence.unusual_in)),
         findings=_findings(table),
-        flagged=table[table.quality != ""].to_dict("records"),
+        flagged=_names(flagged),
         colours=colour_stops(),
         limits=evidence.limits,
     )
@@ -144,6 +147,11 @@ def write_report(manifest: Manifest, evidence: Evidence, path: Path, folder: Pat
     # A file name that is no valid Unicode reaches us as lone surrogates, which UTF-8 can't hold.
     path.write_text(html, encoding="utf-8", errors="xmlcharrefreplace")
     return path
+
+
+def _names(rows: pd.DataFrame, limit: int = _SHOWN) -> dict[str, Any]:
+    """The first rows of a list, and how many there are."""
+    return {"rows": rows[:limit].to_dict("records"), "count": len(rows), "left": max(0, len(rows) - limit)}
 
 
 class _Pictures:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 RUN_FILE, MANIFEST_FILE, EVIDENCE_FILE, REPORT_FILE = "run.json", "manifest.csv", "evidence.npz", "report.html"
+PARQUET_FILE = "manifest.parquet"  # in place of the CSV, where it was asked for
 _LOCK, _COMPLETE, _UNFINISHED = ".lock", ".complete", ".unfinished-"
 _WAIT_S = 10  # for another process that writes its files; a whole run is not waited for
 
@@ -152,6 +153,16 @@ def finish_writing(folder: Path) -> None:
     except OSError as error:
         msg = f"{folder} has complete new files in {complete} that can't be moved to their places ({error}). "
         raise OSError(msg + "Close programs that have them open, and make the folder writable.") from error
+
+
+def manifest_of(folder: Path) -> Path:
+    """The manifest of the run in a folder: a CSV file, or the Parquet file that ``run.json`` names."""
+    finish_writing(folder)
+    try:
+        files = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, TypeError, KeyError):  # `read_run` says what is wrong
+        files = {}
+    return folder / (PARQUET_FILE if PARQUET_FILE in files else MANIFEST_FILE)
 
 
 def read_run(file: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from anomalib_metarefine.images.sources import listing
@@ -102,8 +103,10 @@ def _typed(column: pd.Series) -> pd.Series:
     if column.name in _TEXT:
         return column.fillna("").astype(str)
     try:
-        # Text comes from a file. Python's float, unlike pandas' fast parser, gives back the very number written.
-        numbers = pd.Series([float("nan") if value in ("", None) else float(value) for value in column], column.index)
+        if pd.api.types.is_numeric_dtype(column):
+            numbers = column.astype(float)
+        else:  # text of a file: Python's float, unlike pandas' fast parser, gives back the very number written
+            numbers = pd.Series([float(value) if value not in ("", None) else np.nan for value in column], column.index)
     except (TypeError, ValueError) as error:
         msg = f"{column.name} must be a number ({error})."
         raise ValueError(msg) from error

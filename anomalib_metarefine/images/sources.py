@@ -59,13 +59,13 @@ def read_source(
 
             - a folder, searched with all its subfolders; hidden files and folders are skipped, links to folders are
               followed once; or a zip archive, or the address of either, see `located`;
-            - a CSV or Parquet file with a column ``image_path``; a ``manifest.csv`` of ours is one, and all its images
+            - a CSV or Parquet file with a column ``image_path``; a manifest of ours is one, and all its images
               are taken, whatever was decided about them;
             - a YAML file with ``class_path`` and ``init_args`` of an anomalib datamodule, at its top or under ``data``;
             - such a datamodule: its training set, before a validation set is taken out of it;
             - image paths.
         root (str | Path | None): What paths in a table, and the names in the manifest, are relative to. ``None`` takes
-            the folder; for a table, the folder it lies in (for our ``manifest.csv``, the root it was made with); for
+            the folder; for a table, the folder it lies in (for our manifest, the root it was made with); for
             anything else, and where a table's images lie elsewhere, the folder that all images have in common.
         extensions (Sequence[str]): File names to look for in a folder, in any case. Files that a table or a datamodule
             names are taken as they are.
@@ -181,7 +181,7 @@ def _from_table(file: Path, root: str | Path | None) -> Source:
 
 def _root_of_manifest(file: Path) -> Path | None:
     run = file.with_name("run.json")
-    if file.name != "manifest.csv" or not run.is_file():
+    if file.stem != "manifest" or not run.is_file():
         return None
     try:
         return located(json.loads(run.read_text(encoding="utf-8"))["root"])
@@ -214,7 +214,7 @@ def _source(paths: list[Path], root: str | Path | None, name: str, origin: str, 
     if missing:
         msg = f"{len(missing)} of {len(listed)} images in {origin} do not exist: {listing(missing)}. {hint}"
         raise FileNotFoundError(msg.strip())
-    unique = sorted(set(listed), key=Path.as_posix)
+    unique = sorted(set(listed), key=lambda path: path.as_posix())
     if len(unique) < len(listed):
         logger.warning(
             "%d images are named more than once in %s; each is taken once.", len(listed) - len(unique), origin

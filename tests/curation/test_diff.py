@@ -56,3 +56,12 @@ def test_exact_copies_and_unreadable_files_are_not_mixed_up(files):
         ("removed", "left/2.png"),
         ("added", "moved/2.png"),
     ]
+
+
+def test_of_copies_the_first_stands_for_the_first(files):
+    before = make_manifest(files, DECISIONS, sha256=["twin", "twin", "b", "c", "d", "e"])
+    renamed = {name.replace("left", "moved"): decision for name, decision in DECISIONS.items()}
+    after = make_manifest(files, renamed | {"moved/1.png": "reject"}, sha256=["twin", "twin", "b", "c", "d", "e"])
+    found = diff(before, after)
+    assert found.image_path_before.tolist() == ["left/1.png"]
+    assert found.image_path.tolist() == ["moved/1.png"]

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.run_folder import read_run
 from anomalib_metarefine.images.hashes import data_sha256, file_sha256
 
 
@@ -286,3 +287,27 @@ def test_run_json_is_for_people_and_other_programs(manifest, tmp_path):
         {"backbone": 1.5},
         2,
     )
+
+
+def test_as_parquet_it_is_the_same_and_stays_parquet(manifest, tmp_path):
+    pytest.importorskip("pyarrow")
+    out = tmp_path / "out"
+    manifest.write(out)
+    assert manifest.write(out, parquet=True) == out / "manifest.parquet"
+    found = Manifest.read(out)
+    pd.testing.assert_frame_equal(found.table, manifest.table)
+    found.write(out)  # as a review does
+    assert set(read_run(out / "manifest.parquet")["files"]) == {"manifest.parquet"}
+    with pytest.raises(ValueError, match="is not the file that"):  # that of the earlier run is still there
+        Manifest.read(out / "manifest.csv")
+    manifest.write(out)
+    assert "manifest.csv" in Manifest.read(out).run["files"]
+
+
+def test_chunks_make_one_file(manifest, tmp_path, monkeypatch):
+    manifest.write(tmp_path / "whole")
+    monkeypatch.setattr("anomalib_metarefine.curation.manifest._CHUNK", 2)
+    manifest.write(tmp_path / "parts")
+    whole, parts = ((tmp_path / name / "manifest.csv").read_bytes() for name in ("whole", "parts"))
+    assert parts == whole
+    assert manifest.verify() == ([], [])

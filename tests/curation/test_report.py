@@ -186,9 +186,20 @@ def test_ten_thousand_rows_stay_small_and_quick(tmp_path):
     assert time.perf_counter() - begin < 60
     assert path.stat().st_size < 15e6
     page = Page(path)
-    assert len(page.all("div", "data-path")) == 3000
+    assert len(page.all("div", "data-path")) == 500
     assert page.all("li", "class").count("card tile") == 400
     assert "2,576 more, by name" in page.text
+    assert "Only the worst 500 images are shown; 2,500 more stand in the manifest." in page.text
+    ranked = manifest.table.sort_values("score", ascending=False, kind="stable")
+    assert page.all("div", "data-path")[-1] == ranked.image_path.iloc[499]
+
+
+def test_of_thousands_of_findings_the_worst_are_listed(tmp_path):
+    findings = {f"good/{i:05d}.png": "blurred" for i in range(600)}
+    page = written(tmp_path, keep=600, files=False, quality=findings)
+    assert page.text.count("blurred") == 500 + 1  # and once as a kind, with its number
+    assert "600 images with findings" in page.text
+    assert "Only the worst 500 images are shown; 100 more stand in the manifest." in page.text
 
 
 def test_thumbnails_shrink_until_the_budget_holds(tmp_path, monkeypatch):
