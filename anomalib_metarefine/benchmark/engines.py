@@ -122,9 +122,11 @@ class RayCluster:
 
     def submit(self, call: Callable[[], Any], memory_mb: float | None) -> Future:
         """See `Engine`."""
-        largest = max(node["Resources"].get("memory", 0) for node in self._ray.nodes() if node["Alive"])
-        wanted = _MARGIN * (memory_mb or _UNKNOWN_MB / _MARGIN) * 2**20
-        return self._remote.options(memory=int(min(wanted, largest))).remote(call).future()
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        working = [node for node in alive if node.get("CPU")]  # a head without cores runs no task
+        largest = max(node.get("memory", 0) for node in working or alive)
+        wanted_mb = _UNKNOWN_MB if memory_mb is None else _MARGIN * memory_mb
+        return self._remote.options(memory=int(min(wanted_mb * 2**20, largest))).remote(call).future()
 
     def close(self) -> None:
         """See `Engine`."""
