@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
     Curator = Callable[[Sequence[str], int, DataSet, BenchConfig, Path], "Curated"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
+_UNWRITTEN_MB = 256  # of images and features that a process holds beside the files that it shares
 _LEAST_DEFECTIVE = 10  # in the test set: with fewer, AUROC says nothing
 
 
@@ -166,11 +167,12 @@ class Work:
             except _TooFewError:  # its cells say so
                 continue
             except Exception as error:  # a download, a folder, a third party's datamodule
+                _raise_if_out_of_memory(error)
                 return LeftOut(self.label, in_one_line(error))
             tables += [found.train, found.test]
         if tables:
             samples = pd.concat(tables).drop_duplicates(["image_path", "label_index"])
-            memo = Memo(limit_mb=256, folder=self.folder / "features")
+            memo = Memo(_UNWRITTEN_MB, self.folder / "features", writes=True)
             embed(samples, specs, self.config, self.data.image_size, memo)
             memo.write()
         return None
@@ -180,8 +182,7 @@ class Work:
         try:
             _ = self._training_set(dirt).curated
         except Exception as error:  # the cells meet it again, and it goes into their rows
-            if is_out_of_memory(error):
-                raise
+            _raise_if_out_of_memory(error)
 
     def cell(self, dirt: Dirt, entry: Entry, key: Key, known: Sequence[Row]) -> Row | LeftOut:
         """Train and test one model; or copy the row of a training that was on the same images.
@@ -208,13 +209,13 @@ class Work:
         except _TooFewError as error:
             row = replace(row, reason=str(error))
         except Exception as error:  # a download, a folder, a third party's datamodule
+            _raise_if_out_of_memory(error)
             return LeftOut(self.label, in_one_line(error))
         else:
             try:
                 row = self._row(row, training_set, entry, known)
             except Exception as error:  # whatever a model can't do here goes into its row
-                if is_out_of_memory(error):
-                    raise MemoryError(in_one_line(error)) from error
+                _raise_if_out_of_memory(error)
                 row = replace(row, **_size(training_set.test), reason=in_one_line(error))
         return replace(row, date=datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
@@ -257,7 +258,9 @@ class Work:
     def _memo(self) -> Memo:
         from anomalib_metarefine.benchmark.memo import Memo
 
-        return _hold(Memo, self.folder / "features", lambda folder: Memo(folder=folder) if self.shared else Memo())
+        return _hold(
+            Memo, self.folder / "features", lambda folder: Memo(_UNWRITTEN_MB, folder) if self.shared else Memo()
+        )
 
 
 class _TooFewError(ValueError):
@@ -267,7 +270,7 @@ class _TooFewError(ValueError):
 _held: dict[type, tuple[Path, object]] = {}
 
 
-def _hold(kind: type[T], folder: Path, make: Callable[[Path], T]) -> T:
+def _hold(kind: type[_T], folder: Path, make: Callable[[Path], _T]) -> _T:
     """What this process made last of a kind, if it belongs to the same folder."""
     if kind not in _held or _held[kind][0] != folder:
         _held.pop(kind, None)  # first: there may not be room for both
@@ -307,10 +310,13 @@ def _size(test: pd.DataFrame) -> dict[str, int]:
     return {"test_normal": int((test.label_index == 0).sum()), "test_abnormal": int((test.label_index == 1).sum())}
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is not enough memory; PyTorch has no class of its own for it off a GPU."""
+def _raise_if_out_of_memory(error: Exception) -> None:
+    """Raise a MemoryError where there was not enough; PyTorch has no class of its own for that off a GPU."""
+    if isinstance(error, MemoryError):
+        raise error
     text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    if "out of memory" in text or "can't allocate memory" in text:
+        raise MemoryError(in_one_line(error)) from error
 
 
 def in_one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomalib_metarefine.benchmark.cells import Dirt, LeftOut, Work, curated_images, in_one_line, is_out_of_memory
+from anomalib_metarefine.benchmark.cells import Dirt, LeftOut, Work, curated_images, in_one_line
 from anomalib_metarefine.benchmark.engines import ThisProcess, lost_its_process
 from anomalib_metarefine.benchmark.machine import peak_mb
 from anomalib_metarefine.benchmark.table import Key, ResultTable, Row
@@ -98,7 +98,7 @@ def run(
         for number, data in enumerate(config.data):
             work = Work(config, data, folder / str(number), curator, shared=engine.slots > 1)
             tasks += _tasks(work, table, retry)
-        for found in _ended(tasks, engine, table):
+        for found in _Schedule(tasks, engine, table):
             if isinstance(found, Row):
                 table.append(found)
             yield found
@@ -129,52 +129,63 @@ def _tasks(work: Work, table: ResultTable, retry: bool) -> list[_Task]:
     return first + cells
 
 
-def _ended(waiting: list[_Task], engine: Engine, table: ResultTable) -> Iterator[Row | LeftOut]:
-    """Work tasks off in their order, as far as they need not wait for others, and yield what cells find."""
-    running: dict[Future, _Task] = {}
-    again: list[_Task] = []  # they ran out of memory, and are tried once more when nothing else runs
-    alone: set[_Task] = set()
-    open_names = {task.name for task in waiting}
-    peaks: dict[tuple[object, ...], float] = {}
-    given_up: set[Work] = set()
+class _Schedule:
+    """Tasks in their order, as far as they need not wait for others."""
 
-    def start(task: _Task, memory_mb: float | None) -> None:
+    def __init__(self, tasks: list[_Task], engine: Engine, table: ResultTable) -> None:
+        self._waiting, self._engine, self._table = tasks, engine, table
+        self._running: dict[Future, _Task] = {}
+        self._again: list[_Task] = []  # they ran out of memory, and are tried once more when nothing else runs
+        self._tried_alone: set[_Task] = set()
+        self._open = {task.name for task in tasks}
+        self._peaks: dict[tuple[object, ...], float] = {}
+
+    def __iter__(self) -> Iterator[Row | LeftOut]:
+        while self._waiting or self._running or self._again:
+            ready = (task for task in self._waiting if not task.needs & self._open)
+            for task in list(islice(ready, max(0, self._engine.slots - len(self._running)))):
+                self._waiting.remove(task)
+                self._start(task, self._peaks.get(task.kind))
+            if not self._running:
+                self._tried_alone.add(self._again[0])
+                self._start(self._again.pop(0), math.inf)
+            for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+                if (task := self._running.pop(future, None)) is not None:
+                    yield from self._found(task, future)
+
+    def _start(self, task: _Task, memory_mb: float | None) -> None:
         call = task.call
         if isinstance(task.name, Key):
-            rows = (table.find(replace(task.name, training=training)) for training in _EARLIER[task.name.training])
+            rows = (self._table.find(replace(task.name, training=other)) for other in _EARLIER[task.name.training])
             call = partial(call, known=[row for row in rows if row is not None and not row.reason])
-        running[engine.submit(partial(_measured, call), memory_mb)] = task
+        self._running[self._engine.submit(partial(_measured, call), memory_mb)] = task
 
-    while waiting or running or again:
-        ready = (task for task in waiting if not task.needs & open_names)
-        for task in list(islice(ready, max(0, engine.slots - len(running)))):
-            waiting.remove(task)
-            start(task, peaks.get(task.kind))
-        if not running:
-            alone.add(again[0])
-            start(again.pop(0), math.inf)
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task = running.pop(future)
-            error = future.exception()
-            if error is not None and task not in alone and (is_out_of_memory(error) or lost_its_process(error)):
-                again.append(task)
-                continue
-            open_names.discard(task.name)
-            found = None
-            if error is None:
-                found, peak = future.result()
-                peaks[task.kind] = max(peak, peaks.get(task.kind, 0))
-            elif isinstance(task.name, Key):
-                found = Row(**asdict(task.name), reason=in_one_line(error))
-            if isinstance(found, LeftOut):
-                waiting[:] = [other for other in waiting if other.work is not task.work]
-                again[:] = [other for other in again if other.work is not task.work]
-            if found is not None and task.work not in given_up:
-                yield replace(found, jobs=engine.jobs) if isinstance(found, Row) else found
-            if isinstance(found, LeftOut):
-                given_up.add(task.work)
-            if not any(other.work is task.work for other in [*waiting, *again, *running.values()]):
-                shutil.rmtree(task.work.folder, ignore_errors=True)
+    def _found(self, task: _Task, future: Future) -> Iterator[Row | LeftOut]:
+        error = future.exception()
+        ran_out = isinstance(error, MemoryError) or (error is not None and lost_its_process(error))
+        if ran_out and task not in self._tried_alone:
+            self._again.append(task)
+            return
+        self._open.discard(task.name)
+        found: Row | LeftOut | None = None
+        if error is None:
+            found, peak = future.result()
+            self._peaks[task.kind] = max(peak, self._peaks.get(task.kind, 0))
+        elif isinstance(task.name, Key):  # the cells that needed any other task meet its error again
+            found = Row(**asdict(task.name), reason=in_one_line(error))
+        if isinstance(found, LeftOut):
+            self._give_up(task.work)
+            yield found
+        elif found is not None:
+            yield replace(found, jobs=self._engine.jobs)
+        if not any(other.work is task.work for other in [*self._waiting, *self._again, *self._running.values()]):
+            shutil.rmtree(task.work.folder, ignore_errors=True)
+
+    def _give_up(self, work: Work) -> None:
+        """Wait for nothing of a data set that can't be had."""
+        self._waiting = [task for task in self._waiting if task.work is not work]
+        self._again = [task for task in self._again if task.work is not work]
+        self._running = {future: task for future, task in self._running.items() if task.work is not work}
 
 
 def _measured(call: Callable[[], Any]) -> tuple[Any, float]:

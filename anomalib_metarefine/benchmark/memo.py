@@ -34,11 +34,11 @@ class Memo:
 
     Args:
         limit_mb (float): Megabytes of tensors to keep at most.
-        folder (Path | None): Where `write` puts them and any process finds them again. With it, the limit is that of
-            what is not written yet.
+        folder (Path | None): Where tensors that `write` wrote are looked for first.
+        writes (bool): Past the limit, write what is kept to the folder. Only one process may.
 
     Attributes:
-        nbytes (int): Bytes of the tensors that are kept.
+        nbytes (int): Bytes of the tensors that are kept, and of those that were read from files.
         seconds (float): Spent so far on computing what was asked for.
 
     Example:
@@ -49,10 +49,11 @@ class Memo:
         [tensor([0.])]
     """
 
-    def __init__(self, limit_mb: float = 2560, folder: Path | None = None) -> None:
+    def __init__(self, limit_mb: float = 2560, folder: Path | None = None, writes: bool = False) -> None:
         self._limit = limit_mb * 2**20
-        self._folder = folder
+        self._folder, self._writes = folder, writes
         self._written: dict[str, safe_open] = {}
+        self._read: set[str] = set()
         self._tensors: dict[str, torch.Tensor] = {}
         self._cost: dict[str, float] = {}
         self._asked: set[Hashable] = set()
@@ -105,8 +106,8 @@ class Memo:
         unfinished = file.with_suffix(".unfinished")
         save_file(self._tensors, unfinished, {"seconds": json.dumps(self._cost)})
         unfinished.replace(file)
+        self.nbytes -= sum(tensor.nbytes for tensor in self._tensors.values())
         self._tensors.clear()
-        self.nbytes = 0
         self._open(file)
 
     def _open(self, file: Path) -> None:
@@ -116,15 +117,20 @@ class Memo:
         self._cost |= json.loads(opened.metadata()["seconds"])
 
     def _find(self, name: str) -> torch.Tensor | None:
-        if name in self._written:
-            return self._written[name].get_tensor(name)
-        return self._tensors.get(name)
+        if name not in self._written:
+            return self._tensors.get(name)
+        tensor = self._written[name].get_tensor(name)
+        if name not in self._read:
+            self._read.add(name)
+            self._limit += tensor.nbytes  # it takes no room but that of the file
+            self.nbytes += tensor.nbytes
+        return tensor
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
         if name in self._tensors or name in self._written:
             return
         if self.nbytes + tensor.nbytes > self._limit:
-            if self._folder is None:
+            if not self._writes:
                 return
             self.write()
         # A copy, because a slice would keep the memory of its whole batch.

@@ -125,3 +125,29 @@ def test_what_is_frozen():
     students = Stfpm(**lite).model
     assert list(frozen_networks(students)) == [students.teacher_model.feature_extractor]
     assert list(frozen_networks(Fastflow("resnet18", pre_trained=False).model)) != []
+
+
+def test_what_one_process_writes_another_reads(tmp_path):
+    def compute(value):
+        return lambda: [torch.full((1000,), value), torch.tensor([value, value])]
+
+    writing = Memo(limit_mb=0.01, folder=tmp_path, writes=True)
+    for i in range(5):  # 4 KB each: more than fits
+        writing.fetch(("features", i), ["a", "b"], compute(float(i)))
+    assert len(list(tmp_path.iterdir())) == 2
+    writing.write()
+
+    reading = Memo(limit_mb=0.01, folder=tmp_path)
+    reading.restart()
+    for i in range(5):
+        a, b = reading.fetch(("features", i), ["a", "b"], lambda: 1 / 0)
+        assert a.eq(i).all()
+        assert b.tolist() == [i, i]
+    assert reading.seconds == 0
+    assert reading.feature_seconds == pytest.approx(writing.seconds)
+    assert reading.nbytes == 5 * 4008
+    files = sorted(tmp_path.iterdir())
+    for i in range(5, 10):
+        reading.fetch(("features", i), ["a", "b"], compute(float(i)))
+    assert reading.nbytes - 5 * 4008 <= 0.01 * 2**20  # the limit is for what is no file's
+    assert sorted(tmp_path.iterdir()) == files
