@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_metarefine.features.resize import ExactPreProcessor, ExactResize
+from anomalib_metarefine.features.resize import ExactPreProcessor, ExactResize, usual_size
 
 KINDS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
@@ -48,3 +48,16 @@ def test_a_bicubic_graph_for_all_sizes_resizes_like_training():
         image = torch.rand(1, 3, *size)
         expected = Resize((64, 96), InterpolationMode.BICUBIC, antialias=True)(image)
         torch.testing.assert_close(torch.from_numpy(network(image.numpy())[0]), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_headers_of_a_thousand_tell_the_shape_of_many(monkeypatch):
+    read = []
+
+    def header_size(path):
+        read.append(path)
+        return (100, 400)
+
+    monkeypatch.setattr("anomalib_metarefine.features.resize.header_size", header_size)
+    assert usual_size([f"{i}.png" for i in range(5000)]) == (128, 512)
+    assert read == [f"{i}.png" for i in range(0, 5000, 5)]
+    assert usual_size([]) == (256, 256)
