@@ -7,34 +7,30 @@ the training set and the features that it had last.
 from __future__ import annotations
 
 import hashlib
-import json
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import numpy as np
-
 from anomalib_metarefine.benchmark.table import Key, Row, label
+from anomalib_metarefine.benchmark.training_sets import TooFewError, TrainingSet, curated_images, draw
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     import pandas as pd
-    from anomalib.data import AnomalibDataModule
 
     from anomalib_metarefine.benchmark.config import BenchConfig, Entry
     from anomalib_metarefine.benchmark.data_sets import DataSet
     from anomalib_metarefine.benchmark.memo import Memo
     from anomalib_metarefine.benchmark.models import ModelSpec
+    from anomalib_metarefine.benchmark.training_sets import Curated, Dirt
 
-    Curator = Callable[[Sequence[str], int, DataSet, BenchConfig, Path], "Curated"]
+    Curator = Callable[[Sequence[str], int, DataSet, BenchConfig, Path], Curated]
 
 _T = TypeVar("_T")
 
 _UNWRITTEN_MB = 256  # of images and features that a process holds beside the files that it shares
-_LEAST_DEFECTIVE = 10  # in the test set: with fewer, AUROC says nothing
 
 
 class LeftOut(NamedTuple):
@@ -42,100 +38,6 @@ class LeftOut(NamedTuple):
 
     data: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Dirt:
-    """How a training set is made dirty; see `Contaminated`."""
-
-    protocol: str
-    overlap: str
-    contamination: float
-    seed: int
-
-
-class Curated(NamedTuple):
-    """What our curation makes of N training images."""
-
-    kept: np.ndarray  # [N] of bool, false for the rejected
-    repaired: list[str]  # for each image, the one without its unusual regions; where it has none, itself
-
-
-@dataclass
-class TrainingSet:
-    """One contaminated training set, its test set, and its curation, which is run when it is first asked for."""
-
-    work: Work
-    seed: int
-    datamodule: AnomalibDataModule
-    dirty: np.ndarray  # [N] of bool
-    folder: Path  # for what the curation found, and repaired images
-    curation_seconds: float = float("nan")
-    _curated: Curated | None = field(default=None, repr=False)
-
-    @property
-    def train(self) -> pd.DataFrame:
-        """Samples of the training set."""
-        return self.datamodule.train_data.samples
-
-    @property
-    def test(self) -> pd.DataFrame:
-        """Samples of the test set."""
-        return self.datamodule.test_data.samples
-
-    @property
-    def curated(self) -> Curated:
-        """What the curation makes of it, in whatever process it was run."""
-        if self._curated is None:
-            known = self.folder / "curated.json"
-            if not known.exists():
-                begin = time.perf_counter()
-                paths = self.train.image_path.astype(str).tolist()
-                self.folder.mkdir(parents=True, exist_ok=True)
-                kept, repaired = self.work.curator(paths, self.seed, self.work.data, self.work.config, self.folder)
-                content = {"kept": kept.tolist(), "repaired": repaired, "seconds": time.perf_counter() - begin}
-                unfinished = known.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps(content))
-                unfinished.replace(known)
-            content = json.loads(known.read_text())
-            self._curated = Curated(np.array(content["kept"], dtype=bool), content["repaired"])
-            self.curation_seconds = content["seconds"]
-        return self._curated
-
-    def select(self, training: str) -> tuple[pd.DataFrame, np.ndarray]:
-        """What a training is on: samples of all ``N`` images as they are then, and an ``[N]`` mask of those used."""
-        if training == "raw":
-            return self.train, np.ones(len(self.train), dtype=bool)
-        if training == "clean":
-            return self.train, ~self.dirty
-        if training == "repaired":
-            return self.train.assign(image_path=self.curated.repaired), self.curated.kept
-        return self.train, self.curated.kept
-
-
-def curated_images(paths: Sequence[str], seed: int, data: DataSet, config: BenchConfig, folder: Path) -> Curated:
-    """What `curate` makes of training images; those to review pass, since nobody has reviewed them."""
-    from anomalib_metarefine.curation.apply import apply
-    from anomalib_metarefine.curation.curate import curate
-
-    manifest, evidence = curate(
-        list(paths),
-        backbone=config.backbone,
-        layers=config.layers,
-        image_size=data.image_size,
-        seed=seed,
-        quality=False,  # it looks for other things than defects and rejects nothing
-        progress=False,
-    )
-    rejected = {path.resolve() for path in manifest.rejected}
-    copies = {}
-    if evidence.unusual_in:
-        apply(manifest, folder / "repaired", "repair", review="keep", evidence=evidence)
-        copies = {(manifest.root / name).resolve(): folder / "repaired/keep" / name for name in evidence.unusual_in}
-    return Curated(
-        np.array([Path(path).resolve() not in rejected for path in paths]),
-        [str(copies.get(Path(path).resolve(), path)) for path in paths],
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +66,7 @@ class Work:
         for dirt in dirts:
             try:
                 found = self._training_set(dirt)
-            except _TooFewError:  # its cells say so
+            except TooFewError:  # its cells say so
                 continue
             except Exception as error:  # a download, a folder, a third party's datamodule
                 _raise_if_out_of_memory(error)
@@ -206,7 +108,7 @@ class Work:
         )
         try:
             training_set = self._training_set(dirt)
-        except _TooFewError as error:
+        except TooFewError as error:
             row = replace(row, reason=str(error))
         except Exception as error:  # a download, a folder, a third party's datamodule
             _raise_if_out_of_memory(error)
@@ -252,8 +154,11 @@ class Work:
         )
 
     def _training_set(self, dirt: Dirt) -> TrainingSet:
+        def curate(paths: list[str], folder: Path) -> Curated:
+            return self.curator(paths, dirt.seed, self.data, self.config, folder)
+
         name = hashlib.sha256(repr(dirt).encode()).hexdigest()[:16]
-        return _hold(TrainingSet, self.folder / name, lambda folder: _draw(self, dirt, folder))
+        return _hold(TrainingSet, self.folder / name, lambda folder: draw(self.data, dirt, folder, curate))
 
     def _memo(self) -> Memo:
         from anomalib_metarefine.benchmark.memo import Memo
@@ -261,10 +166,6 @@ class Work:
         return _hold(
             Memo, self.folder / "features", lambda folder: Memo(_UNWRITTEN_MB, folder) if self.shared else Memo()
         )
-
-
-class _TooFewError(ValueError):
-    """A contamination that a data set has not enough images for."""
 
 
 _held: dict[type, tuple[Path, object]] = {}
@@ -281,29 +182,6 @@ def _hold(kind: type[_T], folder: Path, make: Callable[[Path], _T]) -> _T:
 def release() -> None:
     """Hold nothing any more."""
     _held.clear()
-
-
-def _draw(work: Work, dirt: Dirt, folder: Path) -> TrainingSet:
-    from anomalib_metarefine.data.contamination import Contaminated
-
-    source = work.data.datamodule(dirt.seed)
-    source.prepare_data()
-    source.setup()
-    images = work.data.train_images
-    datamodule = Contaminated(source, dirt.contamination, dirt.overlap, dirt.seed, images, dirt.protocol)
-    try:
-        datamodule.setup()
-    except ValueError as error:
-        raise _TooFewError(*error.args) from error
-    found = TrainingSet(work, dirt.seed, datamodule, datamodule.is_injected.to_numpy(), folder)
-    defective = int(found.test.label_index.sum())
-    if defective < _LEAST_DEFECTIVE:
-        msg = (
-            f"With contamination {dirt.contamination:g}, {defective} defective images are left to test on, and "
-            f"{_LEAST_DEFECTIVE} are needed. Ask for fewer training images."
-        )
-        raise _TooFewError(msg)
-    return found
 
 
 def _size(test: pd.DataFrame) -> dict[str, int]:

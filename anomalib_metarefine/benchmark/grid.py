@@ -15,10 +15,11 @@ from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anomalib_metarefine.benchmark.cells import Dirt, LeftOut, Work, curated_images, in_one_line
+from anomalib_metarefine.benchmark.cells import LeftOut, Work, in_one_line
 from anomalib_metarefine.benchmark.engines import ThisProcess, lost_its_process
 from anomalib_metarefine.benchmark.machine import peak_mb
 from anomalib_metarefine.benchmark.table import Key, ResultTable, Row
+from anomalib_metarefine.benchmark.training_sets import Dirt, curated_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

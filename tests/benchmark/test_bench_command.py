@@ -34,11 +34,11 @@ def config(parts):
 
 
 def test_killed_and_started_again(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("anomalib_metarefine.benchmark.cells._LEAST_DEFECTIVE", 2)
+    monkeypatch.setattr("anomalib_metarefine.benchmark.training_sets._LEAST_DEFECTIVE", 2)
     whole, killed = tmp_path / "whole.csv", tmp_path / "killed.csv"
     assert main(["bench", str(config), "--out", str(whole)]) == 0
     code = (
-        "from anomalib_metarefine.benchmark import cells; cells._LEAST_DEFECTIVE = 2;"
+        "from anomalib_metarefine.benchmark import training_sets; training_sets._LEAST_DEFECTIVE = 2;"
         "from anomalib_metarefine.cli import main; main()"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "bench", str(config), "--out", str(killed)])
@@ -81,6 +81,7 @@ def test_what_it_prints(config, tmp_path, monkeypatch, capsys):
         (["--root", "part=x"], "no data set 'part'"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--models", "PaDim"], "no model 'PaDim'"),
+        (["--address", "auto"], "belong to --engine ray"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys, arguments, message):

@@ -1,5 +1,7 @@
 import importlib.util
 import math
+import subprocess
+import sys
 from concurrent.futures import Future
 
 import pandas as pd
@@ -169,3 +171,15 @@ def test_an_engine_is_closed_when_nobody_wants_more(masked, tmp_path, monkeypatc
     next(steps)
     steps.close()
     assert engine.closed
+
+
+def test_ray_is_imported_only_when_asked_for():
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from anomalib_metarefine.benchmark import grid\n"
+        "from anomalib_metarefine.benchmark.engines import RayCluster\n"
+        "try: RayCluster()\n"
+        "except ModuleNotFoundError as error: print(error)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'anomalib-metarefine[ray]'" in said.stdout

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from anomalib_metarefine.benchmark import training
-from anomalib_metarefine.benchmark.cells import Curated, LeftOut, curated_images
+from anomalib_metarefine.benchmark.cells import LeftOut
 from anomalib_metarefine.benchmark.config import BenchConfig
 from anomalib_metarefine.benchmark.grid import plan, run
 from anomalib_metarefine.benchmark.table import KEY, ResultTable, read_results
+from anomalib_metarefine.benchmark.training_sets import Curated, curated_images
 
 MODELS = {
     "PaDiM": {"class_path": "Padim", "init_args": {"n_features": 10}, "batch_size": 8},
@@ -37,7 +38,7 @@ def trained(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """The fixture has eight defective images."""
-    monkeypatch.setattr("anomalib_metarefine.benchmark.cells._LEAST_DEFECTIVE", 2)
+    monkeypatch.setattr("anomalib_metarefine.benchmark.training_sets._LEAST_DEFECTIVE", 2)
 
 
 def oracle(paths, seed, data, config, folder):
