@@ -159,10 +159,10 @@ def manifest_of(folder: Path) -> Path:
     """The manifest of the run in a folder: a CSV file, or the Parquet file that ``run.json`` names."""
     finish_writing(folder)
     try:
-        files = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["files"]
+        in_parquet = PARQUET_FILE in json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, TypeError, KeyError):  # `read_run` says what is wrong
-        files = {}
-    return folder / (PARQUET_FILE if PARQUET_FILE in files else MANIFEST_FILE)
+        in_parquet = False
+    return folder / (PARQUET_FILE if in_parquet else MANIFEST_FILE)
 
 
 def read_run(file: Path) -> dict[str, Any]:

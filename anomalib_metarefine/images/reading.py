@@ -171,7 +171,7 @@ def _of_bounded_size(path: str | Path, content: bytes) -> bytes:
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file of any size and kind, hex, as `ImageFile.sha256` has it; raises OSError."""
     digest = hashlib.sha256()
-    with storage.located(path).open("rb") as file:
+    with storage.opened(path) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

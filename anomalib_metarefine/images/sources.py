@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from anomalib_metarefine.images.datamodules import load_datamodule, set_up_without_validation
 from anomalib_metarefine.images.reading import EXTENSIONS
-from anomalib_metarefine.images.storage import is_inside, is_remote, located, names_under
+from anomalib_metarefine.images.storage import is_inside, is_remote, located, look_again, names_under
 from anomalib_metarefine.images.tables import read_table
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def read_source(
     path = absolute(located(str(data)).expanduser())
     if path.suffix.lower() == ".zip" and path.exists() and not path.is_dir():
         path = located(f"zip://::{path}")
+    look_again()
     if is_remote(path) and path.is_dir():
         return _source(_images_at(path, extensions), root or path, path.name or "images", str(path))
     if path.is_dir():

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import urllib.parse
 import urllib.request
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _HEADER = 1 << 16  # bytes that tell the size of nearly every image
 
@@ -32,13 +33,15 @@ def located(path: str | Path) -> Path:
     """
     if not is_remote(path):
         return Path(path)
+    if not isinstance(path, str | Path):
+        return path
     if str(path).startswith("file://"):
         return Path(urllib.request.url2pathname(urllib.parse.urlsplit(str(path)).path))
     try:
         from upath import UPath
 
         found: Any = UPath(path)
-        _ = found.fs  # imports what the protocol needs
+        _storage(found)  # imports what the protocol needs
     except ImportError as error:
         msg = f"{path} can't be opened ({error}). Run `pip install 'anomalib-metarefine[remote]'`; "
         raise ModuleNotFoundError(msg + "it brings s3fs for s3://, and gs:// needs gcsfs, az:// adlfs.") from error
@@ -46,6 +49,29 @@ def located(path: str | Path) -> Path:
         msg = f"{path} is no address that can be opened ({error}). Expected s3://, gs://, az://, hdfs:// or zip://."
         raise ValueError(msg) from error
     return found
+
+
+def _storage(path: Any) -> Any:  # noqa: ANN401
+    """The file system of fsspec that an address leads into; of an archive one for all its files."""
+    return _archive(str(path).partition("::")[2]) if path.protocol == "zip" else path.fs
+
+
+@lru_cache(maxsize=4)  # each has read the archive's table of contents
+def _archive(address: str) -> Any:  # noqa: ANN401
+    from upath import UPath
+
+    return UPath(f"zip://::{address}").fs
+
+
+def look_again() -> None:
+    """Forget what archives held when they were last looked into."""
+    _archive.cache_clear()
+
+
+def opened(path: str | Path) -> BinaryIO:
+    """A file to read, wherever it lies."""
+    found: Any = located(path)
+    return _storage(found).open(found.path, "rb") if is_remote(path) else found.open("rb")
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -56,22 +82,23 @@ def is_inside(path: Path, folder: Path) -> bool:
 def names_under(folder: Any) -> list[str]:  # noqa: ANN401
     """Names of all files under a folder of a storage, relative to it, whatever their depth."""
     base = f"{folder.path.strip('/')}/".lstrip("/")
-    return [name.lstrip("/").removeprefix(base) for name in folder.fs.find(folder.path)]
+    return [name.lstrip("/").removeprefix(base) for name in _storage(folder).find(folder.path)]
 
 
 def content(path: str | Path, limit: int | None = None) -> bytes:
     """The first bytes of what an address leads to; raises OSError, whatever its storage raises."""
     try:
         found: Any = located(path)
+        storage = _storage(found)
         if limit is None:
-            return found.fs.cat_file(found.path)
+            return storage.cat_file(found.path)
         try:
-            return found.fs.cat_file(found.path, 0, limit)
+            return storage.cat_file(found.path, 0, limit)
         except OSError as error:
             # There is no such range in an empty object; some servers say so of every shorter one.
-            if error.errno != errno.EINVAL or found.fs.size(found.path) > limit:
+            if error.errno != errno.EINVAL or storage.size(found.path) > limit:
                 raise
-            return found.fs.cat_file(found.path)
+            return storage.cat_file(found.path)
     except OSError:
         raise
     except Exception as error:  # storages have errors of their own

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from anomalib_metarefine.images.storage import opened
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -59,12 +61,12 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     try:
         if path.suffix.lower() == ".parquet":
-            with path.open("rb") as file:
+            with opened(path) as file:
                 return pd.read_parquet(file)
-        with path.open(encoding="utf-8-sig") as file:
-            header = file.readline()
+        with opened(path) as file:
+            header = file.readline().decode("utf-8-sig")
         separator = ";" if header.count(";") > header.count(",") else ","
-        with path.open("rb") as file:
+        with opened(path) as file:
             table = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except ImportError as error:
         msg = f"Reading {path} needs pyarrow. Run `pip install pyarrow`, or save the table as CSV."

@@ -112,7 +112,7 @@ def test_a_model_that_cannot_be_built_spoils_no_other(masked, tmp_path):
     models = {"bad": MODELS["DFM"] | {"init_args": {"layer": "blocks.99"}}, "DFM": MODELS["DFM"]}
     config = data_sets(masked, "left", "right", models=models, contamination=[0.0], trainings=["raw"])
     rows = list(run(config, tmp_path / "table.csv", Shared(), curator=oracle))
-    assert [(row.model, bool(row.reason)) for row in rows] == [("bad", True), ("DFM", False)] * 2
+    assert sorted((row.model, bool(row.reason)) for row in rows) == [("DFM", False)] * 2 + [("bad", True)] * 2
 
 
 def test_memory_is_asked_for_as_measured_and_what_needs_more_runs_alone(masked, tmp_path, monkeypatch):
@@ -150,8 +150,8 @@ def test_a_data_set_that_cannot_be_had_is_said_once(masked, tmp_path):
         {"left": str(tmp_path / "no")}
     )
     found = list(run(config, tmp_path / "table.csv", Shared(), curator=oracle))
-    assert [one.data for one in found] == ["left", "right", "right", "right"]
-    assert isinstance(found[0], LeftOut)
+    assert sorted(one.data for one in found) == ["left", "right", "right", "right"]
+    assert [one.data for one in found if isinstance(one, LeftOut)] == ["left"]
 
 
 def test_an_engine_is_closed_when_nobody_wants_more(masked, tmp_path, monkeypatch):

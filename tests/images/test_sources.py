@@ -164,6 +164,7 @@ class TestTable:
         def fail(path):
             raise ImportError("Unable to find a usable engine")
 
+        (tmp_path / "list.parquet").touch()
         monkeypatch.setattr(pd, "read_parquet", fail)
         with pytest.raises(ModuleNotFoundError, match="list.parquet needs pyarrow. Run `pip install pyarrow`"):
             read_table(tmp_path / "list.parquet")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,27 @@ def test_the_images_of_a_storage_are_those_of_the_folder(images, put_there):
     assert [file_sha256(path) for path in there.paths[:3]] == [file_sha256(path) for path in here.paths[:3]]
     assert (read_image(there.paths[0]).levels == read_image(here.paths[0]).levels).all()
     assert header_size(there.paths[0]) == header_size(here.paths[0]) is not None
+
+
+@needs("upath")
+def test_an_archive_is_looked_into_once(images, monkeypatch):
+    from fsspec.implementations.zip import ZipFileSystem
+
+    made, init = [], ZipFileSystem.__init__
+
+    def counted(self, *arguments, **settings):
+        made.append(self)
+        init(self, *arguments, **settings)
+
+    monkeypatch.setattr(ZipFileSystem, "__init__", counted)
+    paths = read_source(zipped(images)).paths
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(read_image, [*paths, *map(str, paths)]))) == 64
+    assert [file_sha256(path) for path in paths[:2]]
+    assert len(made) < 8
+    with zipfile.ZipFile(images.parent / "all.zip", "w") as archive:
+        archive.write(images / "good/001.png", "other.png")
+    assert read_source(images.parent / "all.zip").names == ["other.png"]
 
 
 @needs("upath")
