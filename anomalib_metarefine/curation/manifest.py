@@ -17,7 +17,7 @@ from anomalib_metarefine.curation.run_folder import (
     MANIFEST_FILE,
     PARQUET_FILE,
     RUN_FILE,
-    manifest_of,
+    manifest_file,
     read_run,
     write_together,
 )
@@ -89,7 +89,7 @@ class Manifest:
             ValueError: If one of the two files is damaged, or they are not of one run.
         """
         file = located(path)
-        file = manifest_of(file) if file.is_dir() else file
+        file = manifest_file(file) if file.is_dir() else file
         run = read_run(file)
         if root is not None:
             run["root"] = str(absolute(root))

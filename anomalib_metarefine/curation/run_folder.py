@@ -155,7 +155,7 @@ def finish_writing(folder: Path) -> None:
         raise OSError(msg + "Close programs that have them open, and make the folder writable.") from error
 
 
-def manifest_of(folder: Path) -> Path:
+def manifest_file(folder: Path) -> Path:
     """The manifest of the run in a folder: a CSV file, or the Parquet file that ``run.json`` names."""
     finish_writing(folder)
     try:

@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from anomalib_metarefine.curation.pictures import heat_layer, thumbnail
-from anomalib_metarefine.curation.run_folder import REPORT_FILE, manifest_of
+from anomalib_metarefine.curation.run_folder import REPORT_FILE, manifest_file
 from anomalib_metarefine.images.reading import UnreadableImageError
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ def _finished(session: Session) -> dict[str, Any]:
     from anomalib_metarefine.curation.review.finish import finish, next_commands
 
     manifest = finish(session.folder)
-    written = [str(path.resolve()) for path in (manifest_of(session.folder), session.folder / REPORT_FILE)]
+    written = [str(path.resolve()) for path in (manifest_file(session.folder), session.folder / REPORT_FILE)]
     return {"verdict": manifest.verdict, "written": written, "commands": next_commands(session.folder)}
 
 
