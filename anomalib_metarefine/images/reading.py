@@ -195,10 +195,9 @@ def decode_image(content: bytes, name: str = "The data", bit_depth: int | None =
 def header_size(path: str | Path) -> tuple[int, int] | None:
     """Height and width of an upright image from its first bytes; ``None`` where there is no header to read."""
     try:
-        remote = is_remote(path)
-        if not remote and not Path(path).is_file():
+        if not is_remote(path) and not Path(path).is_file():
             return None
-        with Image.open(io.BytesIO(storage.header(path)) if remote else path) as image:
+        with Image.open(io.BytesIO(storage.header(path)) if is_remote(path) else path) as image:
             turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow has turned a TIFF's size already
             return image.size if turned else image.size[::-1]
     except Exception:  # the decoder says what is wrong

@@ -11,7 +11,7 @@ from anomalib_metarefine.curation.decisions import decide, remember
 from anomalib_metarefine.curation.evidence import Evidence
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.review.session import Session
-from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, MANIFEST_FILE, locked, read_run
+from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE, locked, manifest_file, read_run
 from anomalib_metarefine.images.answers import DECISIONS_FILE, load, taken_back
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def finish(folder: str | Path, decisions: pd.DataFrame | None = None) -> Manifes
 def next_commands(folder: str | Path) -> list[str]:
     """What to type after a review: train on what is kept, or sort it into a folder; or update a line's model."""
     folder = Path(folder).resolve()
-    results = read_run(folder / MANIFEST_FILE).get("results")
+    results = read_run(manifest_file(folder)).get("results")
     if results:
         verdicts = ["--verdicts", str(folder / DECISIONS_FILE), "--results", results, "--out", "NEW.ckpt"]
         return [shlex.join(["metarefine", "update", "CKPT", *verdicts])]
