@@ -8,6 +8,7 @@ import pytest
 
 from anomalib_metarefine.cli import curation as cli
 from anomalib_metarefine.cli import main
+from anomalib_metarefine.cli.command import show
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.run_folder import read_run
 from tests.curation.test_evidence import make_evidence
@@ -265,7 +266,7 @@ def test_of_many_changes_the_screen_shows_the_first_and_a_table_all(out, root, t
 
 
 def test_names_with_brackets_are_shown_as_they_are(capsys):
-    cli._show(pd.DataFrame({"image_path": ["[bold]a[/].png", "[/x]"], "score": [1.0, 2.345]}), ["image_path", "score"])
+    show(pd.DataFrame({"image_path": ["[bold]a[/].png", "[/x]"], "score": [1.0, 2.345]}), ["image_path", "score"])
     told = capsys.readouterr().out
     assert "[bold]a[/].png" in told
     assert "2.35" in told or "2.34" in told

@@ -15,6 +15,8 @@ from anomalib_metarefine.images.storage import located
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import pandas as pd
+
 SHOWN = 20  # rows of a table on the screen; files hold all
 
 
@@ -86,3 +88,18 @@ def require(path: str | Path, expected: str) -> None:
     if "://" not in str(path) and not Path(path).expanduser().exists():
         msg = f"There is no {path}. Expected {expected}."
         raise FileNotFoundError(msg)
+
+
+def show(table: pd.DataFrame, columns: list[str], limit: int = SHOWN) -> None:
+    """The first rows on the screen."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(*(column.replace("_", " ") for column in columns))
+    for row in table[columns].head(limit).itertuples(index=False):
+        # Text: in a file name, square brackets are no markup.
+        shown.add_row(*(Text(f"{cell:.2f}" if isinstance(cell, float) else str(cell), overflow="fold") for cell in row))
+    Console().print(shown)
+    if len(table) > limit:
+        print(f"... and {len(table) - limit} more")

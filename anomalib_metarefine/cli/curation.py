@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anomalib_metarefine.cli.command import (
-    SHOWN,
     Command,
     backbone_arguments,
     command_line,
     engine_arguments,
     place,
     require,
+    show,
 )
 from anomalib_metarefine.images.storage import is_remote
 from anomalib_metarefine.settings import Settings, parse_settings, setting_help, setting_names
 
 if TYPE_CHECKING:
     import argparse
-
-    import pandas as pd
 
     from anomalib_metarefine.curation.evidence import Evidence
     from anomalib_metarefine.curation.manifest import Manifest
@@ -174,7 +172,7 @@ def review(options: argparse.Namespace) -> int:
         print("There is nothing to ask about; no file was written.")
         return 0
     out.write_text(table_text(table), encoding="utf-8")
-    _show(table, ["image_path", "decision_so_far", "score", "reason"])
+    show(table, ["image_path", "decision_so_far", "score", "reason"])
     print(f"Fill in the column decision (keep or reject) of {out}, then run:")
     print(f"  {command_line('metarefine', 'review', options.manifest, '--decisions', out)}")
     return 0
@@ -233,7 +231,7 @@ def _diff(options: argparse.Namespace) -> int:
         return 0
     if options.out is not None:
         options.out.write_text(table_text(changes), encoding="utf-8")
-    _show(changes, list(changes.columns), limit=_MOST_CHANGES)
+    show(changes, list(changes.columns), limit=_MOST_CHANGES)
     return 1
 
 
@@ -266,21 +264,6 @@ def _evidence(folder: Path) -> Evidence:
 def _folder(manifest: Path) -> Path:
     """Where the other files of a curation lie."""
     return manifest if manifest.is_dir() else manifest.parent
-
-
-def _show(table: pd.DataFrame, columns: list[str], limit: int = SHOWN) -> None:
-    """The first rows on the screen."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(*(column.replace("_", " ") for column in columns))
-    for row in table[columns].head(limit).itertuples(index=False):
-        # Text: in a file name, square brackets are no markup.
-        shown.add_row(*(Text(f"{cell:.2f}" if isinstance(cell, float) else str(cell), overflow="fold") for cell in row))
-    Console().print(shown)
-    if len(table) > limit:
-        print(f"... and {len(table) - limit} more")
 
 
 CURATION = {

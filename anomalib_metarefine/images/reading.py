@@ -153,16 +153,13 @@ def read_bytes(path: str | Path) -> bytes:
         UnreadableImageError: If it is no regular file, or larger than `LARGEST_FILE`.
     """
     if is_remote(path):
-        return _of_bounded_size(path, storage.content(path, LARGEST_FILE + 1))
-    with open(path, "rb", opener=_open_without_waiting) as file:  # `Path.open` takes no opener
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImageError(str(path), "it is no regular file, but a device or a pipe")
-        # Python sets aside as much as is asked for.
-        return _of_bounded_size(path, file.read(min(status.st_size, LARGEST_FILE) + 1))
-
-
-def _of_bounded_size(path: str | Path, content: bytes) -> bytes:
+        content = storage.content(path, LARGEST_FILE + 1)
+    else:
+        with open(path, "rb", opener=_open_without_waiting) as file:  # `Path.open` takes no opener
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise UnreadableImageError(str(path), "it is no regular file, but a device or a pipe")
+            content = file.read(min(status.st_size, LARGEST_FILE) + 1)  # Python sets aside as much as is asked for
     if len(content) > LARGEST_FILE:
         raise UnreadableImageError(str(path), f"it is larger than {LARGEST_FILE / 2**20:g} MiB")
     return content
