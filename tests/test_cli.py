@@ -1,6 +1,7 @@
 import shlex
 import subprocess
 import sys
+import uuid
 from types import SimpleNamespace
 
 import pandas as pd
@@ -104,6 +105,15 @@ class TestCurate:
         fails(capsys, *arguments, "--rounds", "some", message="rounds must be a whole number of at least 0")
         fails(capsys, *arguments[:-2], "tail=2", message="tail must be a number in (0, 1], found 2")
         assert len(asked) == 1
+
+    def test_into_an_address(self, asked, root, capsys):
+        pytest.importorskip("upath")
+        out = f"memory://{uuid.uuid4().hex}/run"
+        assert main(["curate", str(root), "--out", out]) == 0
+        told = capsys.readouterr().out
+        assert f"{out}: manifest.csv, run.json" in told
+        assert f"metarefine apply {out} --to DIR --mode copy" in told
+        assert len(Manifest.read(out).table) == 6
 
     def test_an_address_that_cannot_be_written_to_costs_no_minutes(self, asked, root, tmp_path, capsys):
         pytest.importorskip("upath")

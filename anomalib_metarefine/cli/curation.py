@@ -115,9 +115,12 @@ def _curate(options: argparse.Namespace) -> int:
         print(f"  {command_line('metarefine', 'apply', options.out)} --to DIR --mode repair")
     written = sorted(file.name for file in options.out.iterdir() if not file.name.startswith("."))
     print(f"{options.out.resolve()}: {', '.join(written)}")
-    from anomalib_metarefine.curation.review.finish import next_commands
+    if is_remote(options.out):
+        print(f"Next: {command_line('metarefine', 'apply', options.out, '--to', 'DIR', '--mode', 'copy')}")
+    else:
+        from anomalib_metarefine.curation.review.finish import next_commands
 
-    print(f"Next: {command_line('metarefine', 'review', options.out)}, then {next_commands(options.out)[0]}")
+        print(f"Next: {command_line('metarefine', 'review', options.out)}, then {next_commands(options.out)[0]}")
     share = curation.manifest.counts["reject"] / len(curation.manifest.table)
     if options.fail_above is not None and share > options.fail_above:
         print(f"metarefine: {share:.1%} rejected, more than --fail-above {options.fail_above:.1%}", file=sys.stderr)
