@@ -37,7 +37,7 @@ class Evidence:
     """Evidence about the images that are not simply kept, and about what is unusual in those that are."""
 
     paths: list[str]  # image_path of the K images
-    maps: np.ndarray  # [K x H x W] half precision, bits per dimension, one value a patch
+    maps: np.ndarray  # [K x H x W] half precision, one score a patch
     nearest: list[str]  # image_path of the kept image that looks most like each; empty if there is none
     groups: list[int]  # which look alike under the peak of their map; -1 where there are too few to tell
     limits: tuple[float, float]  # colour limits for all maps: a usual patch, and the most unusual ones

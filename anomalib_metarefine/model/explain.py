@@ -60,7 +60,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an image has its score; scores are raw, in bits per dimension.
+    """Why an image has its score; scores are raw, see `PatchDensity`.
 
     Attributes:
         path (str): The image.
