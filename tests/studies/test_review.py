@@ -8,7 +8,7 @@ import pytest
 
 from anomalib_metarefine.curation.manifest import Manifest
 from anomalib_metarefine.curation.run_folder import EVIDENCE_FILE
-from studies.review import reviewed, summarise
+from studies.review import KEY, compare, reviewed, summarise
 from tests.curation.made_up import make
 
 
@@ -43,3 +43,11 @@ def test_the_bound_is_held_against_the_truth(folder, monkeypatch):
     assert not row["bound_at_stop"]
     assert not row["bound_always"]
     assert row["stop_recall"] < 0.9
+
+
+def test_the_former_queue_is_compared_on_the_folders_it_is_known_of():
+    rows = pd.DataFrame([["a", 60, 0.1, seed, 6, 12.0, 18.0, 24.0] for seed in (0, 1)])
+    rows.columns = [*KEY, "dirty", "looks", "looks_first_order", "looks_random"]
+    queue = pd.DataFrame([["a", 60, 0.1, 0, 30, 3]], columns=[*KEY, "looks_queue", "looks_queue_after_rule"])
+    last = compare(rows, queue).splitlines()[-1]
+    assert [cell.strip() for cell in last.strip("|").split("|")] == ["all", "1", "2.0", "3.0", "4.0", "5.0", "0.5"]
