@@ -62,6 +62,7 @@ class PatchFlow(nn.Module):
             block.w_perm.data = torch.eye(dimensions)[torch.randperm(dimensions)]
             block.w_perm_inv.data = block.w_perm.data.T.contiguous()
             block.global_scale_activation = _global_scale  # FrEIA's is a lambda, which anomalib's export can't pickle
+            block.permute_function = _permute  # FrEIA's multiplies by the matrix, a fifth of its time
 
     def forward(self, patches: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map patches to the base distribution.
@@ -83,6 +84,11 @@ class PatchFlow(nn.Module):
         """Negative log-likelihood in bits per dimension, ``[M]``: the patch score."""
         z, log_det = self(patches, positions)
         return bits_per_dimension(z, log_det)
+
+
+def _permute(values: torch.Tensor, permutation: torch.Tensor) -> torch.Tensor:
+    """Channels of ``[M x D]`` in the order that a permutation matrix ``[D x D]`` gives them."""
+    return values.index_select(1, permutation.argmax(1))
 
 
 def _global_scale(values: torch.Tensor) -> torch.Tensor:
