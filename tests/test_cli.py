@@ -11,6 +11,7 @@ from anomalib_metarefine.cli import curation as cli
 from anomalib_metarefine.cli import main
 from anomalib_metarefine.cli.command import show
 from anomalib_metarefine.curation.manifest import Manifest
+from anomalib_metarefine.curation.review import finish  # noqa: F401  (whole, before tests replace what it imports)
 from anomalib_metarefine.curation.run_folder import read_run
 from tests.curation.test_evidence import make_evidence
 from tests.curation.test_manifest import DECISIONS, make_files, make_manifest
