@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning import Trainer
 
 KEY = "metarefine"  # of a checkpoint: all that this package adds to anomalib's own
-FORMAT = 4  # of what stands under it; no other is read
+FORMAT = 5  # of what stands under it; no other is read
 
 # Lightning takes hyper-parameters from all of these, the last two for checkpoints of before 2020.
 _HYPER_PARAMETERS = ("hyper_parameters", "hparams", "module_arguments")
