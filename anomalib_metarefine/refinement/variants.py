@@ -8,7 +8,7 @@
 
 The limits were read off the families of `structure`: of the patches of a variant 68 to 83 % find their like among each
 other, of defects that cover much of the image 57 % at most. Mixed products agree within themselves to 0.98 and more
-(`_agreement`), a product by itself to 0.95 at most: ELPV has cells of several modules.
+(`_agreement`), a product by itself to 0.95 at most, but for cells of one module of ELPV, once.
 
 References:
     Shi and Malik, "Normalized Cuts and Image Segmentation", 2000.
