@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    Pass = Callable[..., Any]
     Call = tuple[Any, ...]  # an item, and what a pass gets about this one only
     OnImages = Callable[[int], None]
 
@@ -41,17 +42,11 @@ class Executor(Protocol):
         """Whether passes see the objects that they are given, and not copies of them."""
         ...
 
-    def map(
-        self,
-        function: Callable[..., Any],
-        calls: Iterable[Call],
-        shared: object,
-        on_images: OnImages,
-    ) -> Iterator[Any]:
+    def map(self, function: Pass, calls: Iterable[Call], shared: object, on_images: OnImages) -> Iterator[Any]:
         """Results of ``function(call[0], shared, *call[1:])``, in order.
 
         Args:
-            function (Callable[..., Any]): The pass.
+            function (Pass): The pass.
             calls (Iterable[Call]): Small; what is large lies in files.
             shared (object): What all calls get; sent to each worker once.
             on_images (OnImages): Told what the pass tells `advance`.
@@ -64,13 +59,7 @@ class InProcess:
 
     shares_memory = True
 
-    def map(
-        self,
-        function: Callable[..., Any],
-        calls: Iterable[Call],
-        shared: object,
-        on_images: OnImages,
-    ) -> Iterator[Any]:
+    def map(self, function: Pass, calls: Iterable[Call], shared: object, on_images: OnImages) -> Iterator[Any]:
         """See `Executor.map`."""
         for item, *rest in calls:
             token = _told.set(on_images)
@@ -93,13 +82,7 @@ class Processes:
     def __init__(self, workers: int) -> None:
         self._workers = workers
 
-    def map(
-        self,
-        function: Callable[..., Any],
-        calls: Iterable[Call],
-        shared: object,
-        on_images: OnImages,
-    ) -> Iterator[Any]:
+    def map(self, function: Pass, calls: Iterable[Call], shared: object, on_images: OnImages) -> Iterator[Any]:
         """See `Executor.map`; calls of a worker that dies are made again."""
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -150,13 +133,7 @@ class RayActors:
         actor = ray.remote(num_gpus=gpus, num_cpus=1, max_restarts=-1, max_task_retries=-1)(_Actor)
         self._ray, self._actors = ray, [actor.remote() for _ in range(min(workers or most, most))]
 
-    def map(
-        self,
-        function: Callable[..., Any],
-        calls: Iterable[Call],
-        shared: object,
-        on_images: OnImages,
-    ) -> Iterator[Any]:
+    def map(self, function: Pass, calls: Iterable[Call], shared: object, on_images: OnImages) -> Iterator[Any]:
         """See `Executor.map`."""
         ray, given = self._ray, self._ray.put((function, shared))
         free, running, done = list(self._actors) * _AHEAD, {}, {}
@@ -185,7 +162,7 @@ class RayActors:
 class _Actor:
     """One worker of Ray."""
 
-    def run(self, given: tuple[Callable[..., Any], Any], call: Call) -> tuple[Any, int]:
+    def run(self, given: tuple[Pass, Any], call: Call) -> tuple[Any, int]:
         """What ``shared`` is comes by reference, once for each machine."""
         return _counted(*given, call)
 
@@ -225,12 +202,12 @@ def _from_file(path: str, call: Call) -> tuple[Any, int]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: str) -> tuple[Callable[..., Any], Any]:
+def _loaded(path: str) -> tuple[Pass, Any]:
     """Once for each pass and process: what is shared may be large."""
     return pickle.loads(Path(path).read_bytes())
 
 
-def _counted(function: Callable[..., Any], shared: object, call: Call) -> tuple[Any, int]:
+def _counted(function: Pass, shared: object, call: Call) -> tuple[Any, int]:
     """The result, and the images that the pass told of."""
     told: list[int] = []
     token = _told.set(told.append)

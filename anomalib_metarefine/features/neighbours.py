@@ -24,7 +24,7 @@ from anomalib_metarefine.features.embedding import image_score
 from anomalib_metarefine.features.executors import advance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from anomalib_metarefine.features.shards import Shard
     from anomalib_metarefine.features.store import FeatureStore
@@ -229,19 +229,23 @@ def _squared(patches: torch.Tensor, against: _References) -> torch.Tensor:
 
 def _episodic_of_shard(shard: Shard, shared: tuple[str, np.ndarray, bool]) -> tuple[np.ndarray, np.ndarray]:
     name, kept, all_of_them = shared
-    return _episodic(shard.read(name), kept, all_of_them)
+    lists = shard.read(name)
+    mean, deviation = _means(lists, kept, all_of_them), np.empty(lists.shape[:2], np.float32)
+    for part, weights, distances in _supports(lists, kept, all_of_them):
+        deviation[part] = np.sqrt((weights * np.square(distances - mean[part, :, None])).sum(-1))
+    return mean, deviation
 
 
 def _image_distances(shard: Shard, shared: tuple[str, np.ndarray, bool, float]) -> np.ndarray:
     """``[n x S]``."""
     name, sets, all_of_them, tail = shared
     lists = shard.read(name)
-    return np.stack([_tails(_episodic(lists, kept, all_of_them)[0], tail) for kept in sets], 1)
+    return np.stack([_tails(_means(lists, kept, all_of_them), tail) for kept in sets], 1)
 
 
 def _keep_distances(shard: Shard, shared: tuple[str, np.ndarray, bool, float]) -> np.ndarray:
     name, kept, all_of_them, tail = shared
-    mean, _ = _episodic(shard.read(name), kept, all_of_them)
+    mean = _means(shard.read(name), kept, all_of_them)
     shard.write(distances=mean)
     return _tails(mean, tail)
 
@@ -264,15 +268,25 @@ def _nearest_references(shard: Shard, shared: tuple[str, int], asked: np.ndarray
     return shares
 
 
-def _episodic(lists: np.ndarray, kept: np.ndarray, all_of_them: bool) -> tuple[np.ndarray, np.ndarray]:
-    """See `NearestImages.episodic`.
+def _means(lists: np.ndarray, kept: np.ndarray, all_of_them: bool) -> np.ndarray:
+    """Mean distances ``[n x P]``, see `NearestImages.episodic`; arguments as for `_supports`."""
+    mean = np.empty(lists.shape[:2], np.float32)
+    for part, weights, distances in _supports(lists, kept, all_of_them):
+        mean[part] = (weights * distances).sum(-1)
+    return mean
+
+
+def _supports(lists: np.ndarray, kept: np.ndarray, all_of_them: bool) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """A few images at a time: which they are, and how probably each reference is the nearest of a support set.
 
     Args:
         lists (np.ndarray): ``[n x P x K]`` neighbour lists.
         kept (np.ndarray): Mask of references.
         all_of_them (bool): Whether the lists have all references.
+
+    Yields:
+        tuple[slice, np.ndarray, np.ndarray]: Images, probabilities and distances ``[i x P x K]``.
     """
-    mean, deviation = np.empty(lists.shape[:2], np.float32), np.empty(lists.shape[:2], np.float32)
     for start in range(0, len(lists), _CHUNK):
         part = slice(start, start + _CHUNK)
         distances = lists["distance"][part].astype(np.float32)
@@ -287,9 +301,7 @@ def _episodic(lists: np.ndarray, kept: np.ndarray, all_of_them: bool) -> tuple[n
         # What is left of the probability goes to the farthest one remembered: it stands for all beyond.
         farthest = np.maximum(exists.sum(-1) - 1, 0)[..., None]
         np.put_along_axis(weights, farthest, np.take_along_axis(weights, farthest, -1) + 1 - total, -1)
-        mean[part] = (weights * distances).sum(-1)
-        deviation[part] = np.sqrt((weights * np.square(distances - mean[part, :, None])).sum(-1))
-    return mean, deviation
+        yield part, weights, distances
 
 
 def _layout(memory: torch.Tensor) -> float:
