@@ -8,6 +8,7 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, Protocol
 
 from anomalib_metarefine.benchmark.cells import release
+from anomalib_metarefine.features.executors import imported_ray
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,12 +101,7 @@ class RayCluster:
     """
 
     def __init__(self, address: str | None = None, gpus: float = 0, **settings: Any) -> None:  # noqa: ANN401
-        try:
-            import ray
-        except ImportError as error:
-            msg = "--engine ray needs Ray. Run `pip install 'anomalib-metarefine[ray]'`."
-            raise ModuleNotFoundError(msg) from error
-        self._ray = ray
+        self._ray = ray = imported_ray()
         ray.init(address=address, include_dashboard=False if address is None else None, log_to_driver=False, **settings)
         # No retries by Ray: what ran out of memory is to be tried again alone.
         self._remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_quietly)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from types import ModuleType
 
     Pass = Callable[..., Any]
     Call = tuple[Any, ...]  # an item, and what a pass gets about this one only
@@ -117,11 +118,7 @@ class RayActors:
     shares_memory = False
 
     def __init__(self, address: str | None, workers: int | None, gpus: float) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            msg = "Ray is not installed. Install it with: pip install 'anomalib-metarefine[ray]'"
-            raise ImportError(msg) from error
+        ray = imported_ray()
         if not ray.is_initialized():
             own = {"include_dashboard": False, "object_store_memory": _STORE}
             ray.init(address=address, log_to_driver=False, **({} if address else own))
@@ -167,6 +164,16 @@ class _Actor:
         return _counted(*given, call)
 
 
+def imported_ray() -> ModuleType:
+    """Ray; ModuleNotFoundError if it is not installed."""
+    try:
+        import ray
+    except ImportError as error:
+        msg = "--engine ray needs Ray. Run `pip install 'anomalib-metarefine[ray]'`."
+        raise ModuleNotFoundError(msg) from error
+    return ray
+
+
 def make_executor(
     engine: Engine = "local", workers: int | None = None, address: str | None = None, gpus_per_worker: float = 0
 ) -> Executor:
@@ -179,7 +186,7 @@ def make_executor(
         gpus_per_worker (float): Of Ray.
 
     Raises:
-        ImportError: If Ray is asked for and not installed.
+        ModuleNotFoundError: If Ray is asked for and not installed.
         ValueError: If there is no such engine, or a number can't be.
     """
     if engine not in get_args(Engine):
